@@ -1,0 +1,33 @@
+# make test is the README's second command; CI (.ci/run) runs every target but bench.
+PY = .venv/bin/python
+PYTEST = PYTHONPATH=. CUDA_VISIBLE_DEVICES= $(PY) -m pytest -q
+
+.PHONY: setup test check unit parallel e2e slow compare bench
+
+setup:
+	@./launch/setup.sh
+
+test: check unit parallel e2e  ## lint, types and all quick tests, under 10 minutes
+
+check: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+unit: setup
+	$(PYTEST) tests/unit -m "not slow and not gpu"
+
+parallel: setup
+	$(PYTEST) tests/parallel -m "not slow and not gpu"
+
+e2e: setup
+	$(PYTEST) tests/e2e -m "not slow and not gpu"
+
+slow: setup  ## what make test leaves out: torch.compile, golden losses, launcher from scratch
+	$(PYTEST) tests -m "slow and not gpu"
+
+compare: setup  ## baseline, LA, one, bi, qd on the tiny recipe: table and picture
+	$(PY) tools/compare_runs.py --train tiny-moe $(ARGS)
+
+bench: setup
+	$(PY) tools/bench.py $(ARGS)

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Trains a recipe on this machine: all GPUs, or the CPU where there is none.
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+usage: ./launch/local.sh RECIPE [flags]
+
+  ./launch/local.sh tiny-moe                         a laptop, minutes
+  ./launch/local.sh tiny-moe --moa-variant qd        another variant
+  ./launch/local.sh tiny-moe --moa-mixing fixed      the SwiGLU baseline
+  NPROC=2 ./launch/local.sh tiny-moe --expert-model-parallel-size 2
+  DRY_RUN=1 ./launch/local.sh moe-2b --mock-data     check and print, train nothing
+
+RECIPE is a name from launch/recipes or a .yaml file. Flags are Megatron's and --moa-*;
+--set key=value overrides any recipe key. The run goes to runs/RECIPE-TIME, or to --run-dir DIR;
+an existing DIR with a checkpoint is continued.
+NPROC=n processes: default all GPUs, or 1 on a CPU.
+TEXT
+}
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+case "${1:-}" in
+-h | --help) usage; exit 0 ;;
+"") usage >&2; exit 78 ;;
+esac
+
+"$root/launch/setup.sh"
+# shellcheck source=launch/env.sh
+. "$root/launch/env.sh"
+python="$root/.venv/bin/python"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+
+recipe=$1
+run_dir="runs/$(basename "$recipe" .yaml)-$(date +%Y%m%d-%H%M%S)"
+command=(-m moa_megatron.pretrain "$recipe" --run-dir "$run_dir" "${@:2}")
+[ "${DRY_RUN:-0}" = 0 ] || command+=(--dry-run)
+
+count_gpus() { nvidia-smi --list-gpus 2>/dev/null | wc -l; }
+nproc_wanted=${NPROC:-$(count_gpus)}
+if [ "$nproc_wanted" -le 1 ]; then
+  [ "${DRY_RUN:-0}" = 0 ] || echo "would run: python ${command[*]}"
+  exec "$python" "${command[@]}"
+fi
+
+# torchrun turns every exit code into 1: the true one travels in a file.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(moa_threads "$nproc_wanted")}"
+exit_file=$(mktemp)
+trap 'rm -f "$exit_file"' EXIT
+launcher=(-m torch.distributed.run --standalone --nproc-per-node "$nproc_wanted")
+[ "${DRY_RUN:-0}" = 0 ] || echo "would run: python ${launcher[*]} ${command[*]}"
+code=0
+"$python" "${launcher[@]}" "${command[@]}" --exit-file "$exit_file" || code=$?
+# A refusal leaves torchrun with 0, so that its own report does not bury the message.
+said=$(cat "$exit_file")
+if [ "$code" = 0 ] || [ "${said:-0}" != 0 ]; then code=${said:-$code}; fi
+exit "$code"

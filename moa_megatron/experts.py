@@ -1,0 +1,94 @@
+"""MoA in the experts of Megatron's MoE layer: one gate per expert, or one for the whole layer."""
+
+from __future__ import annotations
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from moa_megatron.config import MoAConfig
+from moa_megatron.gates import MoAGate, draw_seed
+from moa_megatron.mlp import MoAMLP, MoASharedExpertMLP
+
+
+class MoASequentialMLP(SequentialMLP):
+    """Routed experts one after the other, each a ``MoAMLP``; the rest is ``SequentialMLP``."""
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
+        *,
+        moa: MoAConfig,
+    ) -> None:
+        # Upstream's constructor builds plain MLPs; with no experts it still sets groups and config.
+        super().__init__(0, config, submodules, pg_collection, name)
+        self.num_local_experts = num_local_experts
+        # Each global expert has its own stream: ranks share the generator, experts must differ.
+        seed = draw_seed()
+        first = self.ep_group.rank() * num_local_experts
+        for index in range(num_local_experts):
+            expert = MoAMLP(
+                self.config,
+                submodules,
+                is_expert=True,
+                ffn_hidden_size=self.config.moe_ffn_hidden_size,
+                tp_group=self.tp_group,
+                name=f"{name}.local_experts.{index}" if name is not None else None,
+                moa=moa,
+                gate_seed=(seed + first + index) % 2**63,
+                owns_gate=moa.gate_scope == "expert",
+            )
+            self.local_experts.append(expert)
+
+
+class MoALayer(MoELayer):
+    """A MoE layer that owns one gate and lends it to its shared and routed experts.
+
+    With ``gate_scope='expert'`` every FFN owns its gate instead, and this is ``MoELayer``.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+        *,
+        moa: MoAConfig,
+    ) -> None:
+        super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
+        if moa.gate_scope == "expert":
+            return
+        if config.moe_latent_size:
+            raise ValueError(
+                f"gate_scope='layer' with moe_latent_size={config.moe_latent_size}: routed experts "
+                "see latent vectors, shared experts do not; use --moa-gate-scope expert"
+            )
+        self.moa_gate = MoAGate(config, moa, "layer", config.hidden_size, self.attn_tp_group)
+        for module in self.modules():
+            if isinstance(module, MoAMLP):
+                module.share_gate(self.moa_gate)
+
+
+def build_shared_experts(
+    *,
+    config: TransformerConfig,
+    pg_collection: ProcessGroupCollection | None,
+    gate: bool,
+    submodules: MLPSubmodules,
+    moa: MoAConfig,
+    name: str | None = None,
+) -> MoASharedExpertMLP:
+    """Builder with the signature of ``moe_module_specs._build_shared_experts``."""
+    owns_gate = moa.gate_scope == "expert"
+    return MoASharedExpertMLP(
+        config, submodules, gate, pg_collection, name, moa=moa, owns_gate=owns_gate
+    )

@@ -1,0 +1,204 @@
+"""One run, from checked arguments to results: what lies between a command and its exit code."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.training import get_tensorboard_writer
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.arguments import validate_args
+from megatron.training.global_vars import set_global_variables
+from megatron.training.training import pretrain
+from megatron.training.vocab_utils import calculate_padded_vocab_size
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+from moa_megatron import (
+    arguments,
+    batches,
+    corpus,
+    costs,
+    host,
+    models,
+    preflight,
+    runstate,
+    telemetry,
+)
+from moa_megatron.config import MoAConfig
+from moa_megatron.recipes import CommandLine, RefusedError
+
+
+@dataclass
+class Run:
+    """A run whose arguments Megatron has accepted."""
+
+    args: argparse.Namespace
+    moa: MoAConfig
+    folder: Path
+    data: str
+
+    def train(self) -> None:
+        """Builds and trains; returns after the last step, raises SystemExit on an early stop."""
+        set_global_variables(self.args)
+        config = models.model_config(self.args, self.moa)
+        batches.set_model_config(config.transformer)
+        container = pretrain_cfg_container_from_args(self.args, config)
+        # A single process needs no launcher, so no rendezvous address either.
+        store = HashStore() if self.args.world_size == 1 else None
+        try:
+            pretrain(
+                container,
+                batches.datasets_provider,
+                ModelType.encoder_or_decoder,
+                batches.forward_step,
+                get_embedding_ranks=batches.embedding_ranks,
+                store=store,
+            )
+        finally:
+            writer = get_tensorboard_writer()
+            if writer is not None:
+                writer.flush()
+
+    def step(self) -> int:
+        """The last step that was trained."""
+        return int(getattr(self.args, "curr_iteration", -1)) + 1
+
+    def results(self) -> dict[str, Any]:
+        """What the report and status.json say; draws the curves."""
+        args = self.args
+        facts: dict[str, Any] = {"step": max(self.step(), getattr(args, "iteration", 0))}
+        facts["train_iters"] = args.train_iters
+        with contextlib.suppress(ValueError):
+            saved = runstate.checkpoint_step(Path(args.save)) if args.save else None
+            if saved is not None:
+                facts["checkpoint"] = str(Path(args.save) / f"iter_{saved:07d}")
+        if args.tensorboard_dir is None:
+            return facts
+        folder = Path(args.tensorboard_dir)
+        facts["tensorboard"] = str(folder)
+        curves = telemetry.read_scalars(folder, (telemetry.TRAIN_LOSS, telemetry.VALID_LOSS))
+        for key, tag in (("loss", telemetry.TRAIN_LOSS), ("validation_loss", telemetry.VALID_LOSS)):
+            if tag in curves:
+                facts[key] = curves[tag].values[-1]
+        if curves:
+            picture = self.folder / "curves.png"
+            telemetry.draw_losses({"": curves}, f"{args.moa_recipe}, {describe(self.moa)}", picture)
+            facts["curves"] = str(picture)
+        return facts
+
+    def summary(self) -> list[str]:
+        """The readable start."""
+        args, moa = self.args, self.moa
+        count = costs.parameters(args, moa, args.padded_vocab_size)
+        share = f"{count.gates:,} of them gates ({count.gates / count.total:.2%})"
+        device = "host CPU, gloo" if host.active() else torch.cuda.get_device_name()
+        tokens = args.global_batch_size * args.seq_length
+        sizes = (
+            ("TP", args.tensor_model_parallel_size),
+            ("PP", args.pipeline_model_parallel_size),
+            ("CP", args.context_parallel_size),
+            ("EP", args.expert_model_parallel_size),
+            ("DP", args.data_parallel_size),
+        )
+        layout = " x ".join(f"{name} {size}" for name, size in sizes if size > 1) or "one process"
+        name = "GPTModel" if args.moa_model == "gpt" else "HybridModel"
+        depth = getattr(args, "moa_num_blocks", None) or args.num_layers
+        experts = (
+            f", {args.num_experts} experts top-{args.moe_router_topk}" if args.num_experts else ""
+        )
+        start = f"continues from {args.load}" if args.load else "starts at step 0"
+        return [
+            f"moa-megatron: {args.moa_recipe}, {describe(moa)}",
+            f"  model        {name}, {depth} blocks, width {args.hidden_size}{experts}",
+            f"  parameters   {count.total:,}, active {count.active:,}, {share}",
+            f"  layout       {args.world_size} on {device}: {layout}",
+            f"  data         {self.data}",
+            f"  training     {args.train_iters} steps of {tokens:,} tokens, {args.optimizer}, "
+            f"peak lr {args.lr}; {start}",
+            f"  run folder   {self.folder}",
+            f"  watch        tensorboard --logdir {args.tensorboard_dir}",
+        ]
+
+
+def describe(moa: MoAConfig) -> str:
+    """The method in a few words: ``MoA bi, 7 activations, sigmoid gates``."""
+    if moa.mixing == "fixed":
+        return "fixed activation (baseline)"
+    words = f"{moa.mixing.upper() if moa.mixing == 'la' else 'MoA'} {moa.variant}"
+    gates = f", {moa.gate} gates" if moa.mixing == "moa" else ""
+    return f"{words}, {len(moa.names)} activations{gates}"
+
+
+def prepare(command: CommandLine, extra_flags: list[str]) -> Run:
+    """Arguments, data and checks of a run; creates nothing in its folder.
+
+    Raises:
+        RefusedError: with every violation that was found.
+    """
+    saved = _resume_folder(command)
+    if saved is not None:
+        extra_flags = [*extra_flags, "--load", str(saved)]
+    args, moa = arguments.parse(command, extra_flags)
+    _place_outputs(args, command.run_dir)
+    data = _choose_data(args)
+    _pad_vocabulary(args)
+    problems = preflight.check(args, moa)
+    if problems:
+        raise RefusedError("\n".join(problems))
+    try:
+        validate_args(args, {})
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise RefusedError(f"Megatron refuses these arguments: {error}") from error
+    return Run(args, moa, command.run_dir, data)
+
+
+def _resume_folder(command: CommandLine) -> Path | None:
+    checkpoints = command.run_dir / "checkpoints"
+    try:
+        return checkpoints if runstate.checkpoint_step(checkpoints) is not None else None
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
+
+
+def _place_outputs(args: argparse.Namespace, folder: Path) -> None:
+    if args.save is None:
+        args.save = str(folder / "checkpoints")
+    if args.tensorboard_dir is None:
+        args.tensorboard_dir = str(folder / "tensorboard")
+
+
+def _choose_data(args: argparse.Namespace) -> str:
+    """Fills in the embedded corpus where the user named no data; says what is read."""
+    if args.mock_data:
+        if args.tokenizer_type is None:
+            args.tokenizer_type, args.vocab_size = "NullTokenizer", args.vocab_size or 4096
+        return "random tokens (--mock-data)"
+    try:
+        named = preflight.data_prefixes(args)
+    except (OSError, ValueError, AttributeError):
+        named = ["unreadable"]  # preflight says why
+    if named or args.moa_corpus != "stdlib":
+        return ", ".join(named)
+    found = corpus.stdlib_corpus(args.moa_cache_dir)
+    args.train_data_path = [str(found.train_prefix)]
+    args.valid_data_path = [str(found.valid_prefix)]
+    args.split = None
+    if args.tokenizer_type is None:
+        args.tokenizer_type = "HuggingFaceTokenizer"
+        args.tokenizer_model = str(found.tokenizer_dir)
+        args.vocab_size = found.vocab_size
+    if args.data_cache_path is None:
+        args.data_cache_path = str(found.train_prefix.parent / "index")
+    return found.description
+
+
+def _pad_vocabulary(args: argparse.Namespace) -> None:
+    if args.padded_vocab_size is None and args.vocab_size is not None:
+        args.padded_vocab_size = calculate_padded_vocab_size(
+            args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
+        )

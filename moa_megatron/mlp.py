@@ -1,0 +1,147 @@
+"""MoA in Megatron's dense MLP, as shared expert, and as the body of a sequential expert."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import nvtx_range_pop, nvtx_range_push
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from moa_megatron.config import MoAConfig
+from moa_megatron.gates import MoAGate, Scope
+from moa_megatron.mixture import mixture
+
+
+class MoAMLP(MLP):
+    """fc1, mixture, fc2; linears, names and checkpoint layout are ``MLP``'s, plus ``moa_gate``.
+
+    Args:
+        moa: settings of the method.
+        gate_seed: random stream of the gate, see ``MoAGate``.
+        owns_gate: False where the MoE layer lends its gate (``share_gate``).
+
+    Others as ``megatron.core.transformer.mlp.MLP``.
+    """
+
+    moa: MoAConfig
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        is_expert: bool = False,
+        input_size: int | None = None,
+        ffn_hidden_size: int | None = None,
+        tp_group: ProcessGroup | None = None,
+        name: str | None = None,
+        *,
+        moa: MoAConfig | None = None,
+        gate_seed: int | None = None,
+        owns_gate: bool | None = None,
+    ) -> None:
+        moa = moa if moa is not None else self.moa
+        if config.gated_linear_unit != moa.gated:
+            raise ValueError(
+                f"variant={moa.variant!r} needs gated_linear_unit={moa.gated}, the model has "
+                f"{config.gated_linear_unit}: {'add' if moa.gated else 'remove'} --swiglu"
+            )
+        width = ffn_hidden_size if ffn_hidden_size is not None else config.ffn_hidden_size
+        super().__init__(config, submodules, is_expert, input_size, width, tp_group, name)
+        self.moa, self.is_expert = moa, is_expert
+        if owns_gate is None:
+            owns_gate = getattr(self, "_owns_gate", True)
+        if owns_gate:
+            scope: Scope = "expert" if is_expert else "dense"
+            gate_input = config.moe_latent_size if is_expert else None
+            self.moa_gate = MoAGate(
+                config, moa, scope, gate_input or self.input_size, self.tp_group, seed=gate_seed
+            )
+
+    @classmethod
+    def as_mlp_submodule(
+        cls,
+        submodules: MLPSubmodules,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        is_mtp_layer: bool,
+        is_expert: bool = False,
+        input_size: int | None = None,
+        ffn_hidden_size: int | None = None,
+        name: str | None = None,
+        *,
+        moa: MoAConfig | None = None,
+    ) -> MoAMLP:
+        """Builds the ``mlp`` of a TransformerLayer or MLPLayer."""
+        del is_mtp_layer
+        return cls(
+            config,
+            submodules,
+            is_expert=is_expert,
+            input_size=input_size,
+            ffn_hidden_size=ffn_hidden_size,
+            tp_group=pg_collection.tp,
+            name=name,
+            moa=moa,
+        )
+
+    def share_gate(self, gate: MoAGate) -> None:
+        """Use the gate of the MoE layer; it stays that layer's parameter, not this module's."""
+        self._lent_gate = (gate,)
+
+    def forward(
+        self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """[..., d] -> [..., d] and an output bias; ``per_token_scale`` [...]: routing weights."""
+        gate = self.moa_gate if hasattr(self, "moa_gate") else self._lent_gate[0]
+        nvtx_range_push(suffix="moa_gate")
+        coefficients = gate(hidden_states, routed=self.is_expert)
+        nvtx_range_pop(suffix="moa_gate")
+
+        nvtx_range_push(suffix="linear_fc1")
+        preact, bias = self.linear_fc1(hidden_states)
+        nvtx_range_pop(suffix="linear_fc1")
+
+        nvtx_range_push(suffix="mixture")
+        if bias is not None:
+            preact = preact + bias
+        hidden = mixture(preact, coefficients, self.moa, per_token_scale)
+        nvtx_range_pop(suffix="mixture")
+
+        nvtx_range_push(suffix="linear_fc2")
+        output, output_bias = self.linear_fc2(hidden)
+        nvtx_range_pop(suffix="linear_fc2")
+        if per_token_scale is not None and output_bias is not None:
+            # The bias of a routed expert is weighted like its output, and added here.
+            output = output + output_bias * per_token_scale.unsqueeze(-1).to(output.dtype)
+            output_bias = None
+        return output, output_bias
+
+
+class MoASharedExpertMLP(SharedExpertMLP, MoAMLP):
+    """Megatron's shared expert around ``MoAMLP``; the method resolution order does the work."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        gate: bool,
+        pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
+        *,
+        moa: MoAConfig,
+        owns_gate: bool = True,
+    ) -> None:
+        # SharedExpertMLP calls the next constructor with its own arguments only.
+        self.moa, self._owns_gate = moa, owns_gate
+        super().__init__(
+            config=config,
+            submodules=submodules,
+            gate=gate,  # type: ignore[call-arg]
+            pg_collection=pg_collection,
+            name=name,
+        )

@@ -1,0 +1,112 @@
+"""Megatron's model configurations with the MoA specification in place."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.pipeline_parallel.utils import (
+    is_pp_first_stage,
+    is_pp_last_stage,
+    is_vp_first_stage,
+    is_vp_last_stage,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
+from megatron.training.models.gpt import (
+    GPTModelBuilder,
+    GPTModelConfig,
+    default_layer_spec,
+    mtp_block_spec,
+)
+from megatron.training.models.hybrid import HybridModelConfig
+from megatron.training.vocab_utils import calculate_padded_vocab_size
+
+from moa_megatron.config import MoAConfig
+from moa_megatron.local_specs import local_hybrid_stack_spec
+from moa_megatron.specs import with_moa
+
+
+@dataclass(kw_only=True)
+class MoAGPTModelConfig(GPTModelConfig):
+    """GPTModel whose builder also exchanges the FFNs of multi-token prediction."""
+
+    builder: ClassVar[str] = "moa_megatron.models.MoAGPTModelBuilder"
+    moa: MoAConfig | None = None
+
+
+class MoAGPTModelBuilder(GPTModelBuilder):
+    """Upstream's builder makes the MTP layers from its own specs, whatever spec it is given."""
+
+    def build_model(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> GPTModel:
+        """One pipeline stage; as upstream's, with ``with_moa`` on decoder and MTP specs."""
+        config: Any = self._model_config
+        spec = config.transformer_layer_spec or default_layer_spec(config, vp_stage)
+        mtp_spec = mtp_block_spec(config, spec, vp_stage=vp_stage)
+        vp_size = config.virtual_pipeline_model_parallel_size
+        if pre_process is None:
+            first_chunk = is_vp_first_stage(vp_stage=vp_stage, vp_size=vp_size)
+            pre_process = first_chunk and is_pp_first_stage(pg_collection.pp)
+        if post_process is None:
+            last_chunk = is_vp_last_stage(vp_stage=vp_stage, vp_size=vp_size)
+            post_process = last_chunk and is_pp_last_stage(pg_collection.pp)
+        return GPTModel(
+            config=config.transformer,
+            transformer_layer_spec=with_moa(spec, config.moa),
+            mtp_block_spec=None if mtp_spec is None else with_moa(mtp_spec, config.moa),
+            vocab_size=_padded_vocab(config),
+            max_sequence_length=config.seq_length,
+            fp16_lm_cross_entropy=config.fp16_lm_cross_entropy,
+            parallel_output=config.parallel_output,
+            share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
+            position_embedding_type=config.position_embedding_type,
+            rotary_percent=config.rotary_percent,
+            rotary_base=config.rotary_base,
+            rope_scaling=config.rope_scaling,
+            rope_scaling_factor=config.rope_scaling_factor,
+            seq_len_interpolation_factor=config.seq_len_interpolation_factor,
+            scatter_embedding_sequence_parallel=config.scatter_embedding_sequence_parallel,
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+        )
+
+
+def _padded_vocab(config: GPTModelConfig) -> int:
+    assert config.vocab_size is not None
+    if not config.should_pad_vocab:
+        return config.vocab_size
+    return int(
+        calculate_padded_vocab_size(
+            config.vocab_size,
+            config.make_vocab_size_divisible_by,
+            config.transformer.tensor_model_parallel_size,
+        )
+    )
+
+
+def model_config(args: argparse.Namespace, moa: MoAConfig) -> HybridModelConfig | GPTModelConfig:
+    """What ``megatron.training.pretrain`` builds its model from."""
+    if args.moa_model == "gpt":
+        if moa.mixing == "fixed":
+            return gpt_config_from_args(args)  # type: ignore[no-any-return]
+        config = gpt_config_from_args(args, model_config_cls=MoAGPTModelConfig)
+        config.moa = moa
+        return config  # type: ignore[no-any-return]
+    config = hybrid_config_from_args(args)
+    base = config.hybrid_stack_spec
+    if base is None:
+        local = args.transformer_impl == "local"
+        base = local_hybrid_stack_spec() if local else hybrid_stack_spec
+    config.hybrid_stack_spec = with_moa(base, moa)
+    return config  # type: ignore[no-any-return]

@@ -1,0 +1,266 @@
+"""Checks before anything is built: every violation in one message, each with its cure."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moa_megatron import tokenization
+from moa_megatron.arguments import architecture_differences, read_checkpoint_args
+from moa_megatron.config import MoAConfig
+
+# Upstream arguments that MoA cannot honour: a predicate on their value, and the reason.
+_FUSED = "it fuses fc1, activation and fc2 in one operator, so the activation would not be MoA's"
+_CHANGES_ACTIVATION = "it changes or stores the activation itself, which MoA replaces"
+FORBIDDEN: dict[str, str] = {
+    "use_transformer_engine_op_fuser": _FUSED,
+    "use_grouped_gemm_for_dense_mlp": _FUSED,
+    "use_grouped_gemm_for_shared_expert": _FUSED,
+    "moe_single_grouped_weight": _FUSED,
+    "moe_paged_stash": _FUSED,
+    "moe_expert_rank_capacity_factor": _FUSED,
+    "use_te_activation_func": _CHANGES_ACTIVATION,
+    "activation_func_fp8_input_store": _CHANGES_ACTIVATION,
+    "activation_func_clamp_value": _CHANGES_ACTIVATION,
+    "glu_linear_offset": _CHANGES_ACTIVATION,
+    "quick_geglu": _CHANGES_ACTIVATION,
+    "squared_relu": _CHANGES_ACTIVATION,
+    "use_fused_weighted_squared_relu": _CHANGES_ACTIVATION,
+    "moe_mlp_glu_interleave_size": "it interleaves y and z in fc1's columns",
+    "moe_shared_expert_glu_interleave_size": "it interleaves y and z in fc1's columns",
+    "moe_apply_probs_on_input": "the gates would read inputs scaled by routing probabilities",
+    "moe_shared_expert_overlap": "its overlapped path computes the activation in its own code",
+    "inference_fuse_tp_communication": "its fused MLP knows no gates",
+    "use_kitchen": "its MLP classes know no gates",
+    "use_megatron_fsdp": "its checkpoint format cannot tell the gates of different experts apart",
+    "decoupled_lr": "Megatron marks gates like embeddings, to keep them on AdamW under Muon, "
+    "and would give them the decoupled rate too",
+}
+
+
+def check(args: argparse.Namespace, moa: MoAConfig) -> list[str]:
+    """All violations of layout, upstream flags and data that can be seen before building."""
+    problems = layout_problems(args)
+    if moa.mixing != "fixed":
+        problems += flag_problems(args)
+    problems += schedule_problems(args)
+    problems += data_problems(args)
+    if not problems:
+        problems += checkpoint_problems(args)
+    return problems
+
+
+def flag_problems(args: argparse.Namespace) -> list[str]:
+    """Upstream flags that contradict MoA (upstream keeps their meaning with mixing=fixed)."""
+    problems = []
+    for name, reason in FORBIDDEN.items():
+        value = getattr(args, name, None)
+        if value:
+            flag = "--" + name.replace("_", "-")
+            problems.append(f"{flag} ({value}) cannot go with MoA: {reason}; leave it out")
+    if args.transformer_impl != "local":
+        problems.append(
+            f"--transformer-impl {args.transformer_impl} cannot go with MoA in this version: gates "
+            "need the normalised input, which its fused norm hides; use --transformer-impl local"
+        )
+    if args.overlap_moe_expert_parallel_comm:
+        problems.append(
+            "--overlap-moe-expert-parallel-comm cannot go with MoA in this version: it frees the "
+            "input that the gates keep for their gradient; leave it out"
+        )
+    return problems
+
+
+def schedule_problems(args: argparse.Namespace) -> list[str]:
+    """A warm-up that outlasts the run."""
+    steps = args.lr_decay_iters or args.train_iters
+    if not args.lr_warmup_iters or steps is None or args.lr_warmup_iters < steps:
+        return []
+    return [
+        f"--lr-warmup-iters={args.lr_warmup_iters} does not end within {steps} steps; lower it or "
+        "use --lr-warmup-fraction 0.1 with --set lr_warmup_iters=0"
+    ]
+
+
+def layout_problems(args: argparse.Namespace) -> list[str]:
+    """Parallel sizes that do not divide what they split, with the sizes that would."""
+    tp, pp, cp = (
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.context_parallel_size,
+    )
+    problems: list[str] = []
+
+    def divides(what: str, total: int | None, size: int, flag: str) -> None:
+        if total is not None and total % size:
+            problems.append(f"{flag}={size} does not divide {what} ({total}); {_choices(total)}")
+
+    world = args.world_size
+    if world % (tp * pp * cp):
+        problems.append(
+            f"{world} processes cannot hold tensor ({tp}) x pipeline ({pp}) x context ({cp}) = "
+            f"{tp * pp * cp}; start a multiple of {tp * pp * cp}, or lower one of them"
+        )
+        data_parallel = 1
+    else:
+        data_parallel = world // (tp * pp * cp)
+    heads = args.num_attention_heads
+    divides("the attention heads", heads, tp, "--tensor-model-parallel-size")
+    if args.group_query_attention:
+        divides("the query groups", args.num_query_groups, tp, "--tensor-model-parallel-size")
+    if args.kv_channels is None and args.hidden_size and heads and args.hidden_size % heads:
+        problems.append(
+            f"--num-attention-heads={heads} does not divide --hidden-size={args.hidden_size}"
+        )
+    divides("the FFN width", _dense_width(args), tp, "--tensor-model-parallel-size")
+    divides("the blocks", _num_blocks(args), pp, "--pipeline-model-parallel-size")
+    problems += _virtual_stage_problems(args, pp)
+    if cp > 1:
+        divides("half the sequence length", args.seq_length // 2, cp, "--context-parallel-size")
+    if args.sequence_parallel:
+        divides("the sequence length", args.seq_length // cp, tp, "--tensor-model-parallel-size")
+    problems += _batch_problems(args, data_parallel)
+    if args.num_experts is not None:
+        problems += _expert_problems(args, tp, pp)
+    return problems
+
+
+def _num_blocks(args: argparse.Namespace) -> int | None:
+    return getattr(args, "moa_num_blocks", None) or args.num_layers
+
+
+def _virtual_stage_problems(args: argparse.Namespace, pp: int) -> list[str]:
+    pattern = (args.hybrid_layer_pattern or "").split("/")[0]
+    segments = pattern.count("|") + 1
+    if segments > 1 and segments % pp:
+        return [
+            f"the layer pattern {pattern} has {segments} pipeline segments, which "
+            f"--pipeline-model-parallel-size={pp} does not divide; {_choices(segments)}"
+        ]
+    return []
+
+
+def _dense_width(args: argparse.Namespace) -> int | None:
+    if args.num_experts is None:
+        return args.ffn_hidden_size  # type: ignore[no-any-return]
+    return args.moe_shared_expert_intermediate_size  # type: ignore[no-any-return]
+
+
+def _batch_problems(args: argparse.Namespace, data_parallel: int) -> list[str]:
+    micro = args.micro_batch_size
+    if micro is None or micro < 1:
+        return [f"--micro-batch-size={micro}: must be at least 1"]
+    step = micro * data_parallel
+    problems = []
+    for flag, value in (
+        ("--global-batch-size", args.global_batch_size),
+        ("--eval-global-batch-size", args.eval_global_batch_size),
+    ):
+        if value is not None and value % step:
+            nearest = max(step, round(value / step) * step)
+            problems.append(
+                f"{flag}={value} is not a multiple of micro batch ({micro}) x data parallel size "
+                f"({data_parallel}) = {step}; nearest: {nearest}"
+            )
+    return problems
+
+
+def _expert_problems(args: argparse.Namespace, tp: int, pp: int) -> list[str]:
+    ep = args.expert_model_parallel_size
+    etp = args.expert_tensor_parallel_size or tp
+    experts, problems = args.num_experts, []
+    if experts % ep:
+        problems.append(
+            f"--expert-model-parallel-size={ep} does not divide the experts ({experts}); "
+            f"{_choices(experts)}"
+        )
+    if args.world_size % (ep * etp * pp):
+        problems.append(
+            f"{args.world_size} processes cannot hold expert ({ep}) x expert tensor ({etp}) x "
+            f"pipeline ({pp}) = {ep * etp * pp}; start a multiple of it, or lower one of them"
+        )
+    width = args.moe_ffn_hidden_size or args.ffn_hidden_size
+    if width is not None and width % etp:
+        problems.append(
+            f"--expert-tensor-parallel-size={etp} does not divide the experts' width ({width}); "
+            f"{_choices(width)}"
+        )
+    if args.moe_router_topk > experts:
+        problems.append(f"--moe-router-topk={args.moe_router_topk} exceeds --num-experts={experts}")
+    if tp > 1 and not args.sequence_parallel:
+        problems.append(
+            f"--tensor-model-parallel-size={tp} with experts needs --sequence-parallel: add it"
+        )
+    return problems
+
+
+def _choices(total: int) -> str:
+    divisors = [n for n in range(1, min(total, 64) + 1) if total % n == 0]
+    return "choose from " + ", ".join(map(str, divisors))
+
+
+def data_problems(args: argparse.Namespace) -> list[str]:
+    """Missing, foreign or truncated data files, and ids beyond the vocabulary."""
+    if args.mock_data:
+        return []
+    try:
+        prefixes = data_prefixes(args)
+    except (OSError, ValueError, AttributeError) as error:
+        return [f"the file that lists the data cannot be read: {error}"]
+    if not prefixes:
+        return [
+            "no data: give --data-path PREFIX (or --train-data-path and --valid-data-path) with "
+            "--tokenizer-type HuggingFaceTokenizer --tokenizer-model DIR, made by "
+            "tools/prepare_data.py, for example from FineWeb-Edu or SlimPajama: "
+            "tools/prepare_data.py shard-*.jsonl --output data/train --train-tokenizer 50304; "
+            "or --mock-data for random tokens, or --moa-corpus stdlib"
+        ]
+    problems = []
+    for prefix in prefixes:
+        try:
+            tokenization.check_prefix(Path(prefix), vocab_size=args.vocab_size)
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
+def data_prefixes(args: argparse.Namespace) -> list[str]:
+    """All data prefixes that the arguments name, without blend weights."""
+    prefixes: list[str] = []
+    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+        prefixes += getattr(args, name) or []
+    if args.data_args_path is not None:
+        prefixes += Path(args.data_args_path).read_text(encoding="utf-8").split()
+    if args.per_split_data_args_path is not None:
+        for items in json.loads(Path(args.per_split_data_args_path).read_text("utf-8")).values():
+            prefixes += (items.split() if isinstance(items, str) else items) or []
+    return [item for item in prefixes if not _is_number(item)]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def checkpoint_problems(
+    args: argparse.Namespace, read: Callable[..., Any | None] = read_checkpoint_args
+) -> list[str]:
+    """A checkpoint of another architecture, field by field."""
+    if args.load is None:
+        return []
+    saved = read(args)
+    if saved is None:
+        return [f"--load {args.load} holds no checkpoint that can be read"]
+    found = architecture_differences(args, saved)
+    if not found:
+        return []
+    return [
+        f"the checkpoint in {args.load} is another model: " + "; ".join(found) + ". Load it with "
+        "the settings it was trained with (--use-checkpoint-args), or choose another --run-dir"
+    ]

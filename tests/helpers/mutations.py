@@ -1,0 +1,96 @@
+"""Known wrong ways to place and reduce gates, each as a name that a case can ask for.
+
+They are mistakes that train silently (``moa_megatron.gates`` has the right ways in a table).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+from moa_megatron import gates
+from moa_megatron.gates import MoAGate
+
+Forward = Callable[[MoAGate, Tensor, bool], Tensor]
+_right_forward: Forward = MoAGate.forward
+
+
+def _no_copy(gate: MoAGate, x: Tensor, routed: bool = False) -> Tensor:
+    """The partial sums of a rank's own columns are taken for the gradient."""
+    with mock.patch.object(gates, "copy_to_tensor_model_parallel_region", lambda t, group: t):
+        return _right_forward(gate, x, routed)
+
+
+def _gather_without_sum(gate: MoAGate, x: Tensor, routed: bool = False) -> Tensor:
+    def gather(logits: Tensor, group: Any, **_: Any) -> Tensor:
+        return gather_from_sequence_parallel_region(logits, False, group)
+
+    with mock.patch.object(gates, "gather_from_sequence_parallel_region", gather):
+        return _right_forward(gate, x, routed)
+
+
+def _expert_copies_logits(gate: MoAGate, x: Tensor, routed: bool = False) -> Tensor:
+    """Completes the gate's gradient, but the dispatcher sums that of x a second time."""
+    if gate.scope != "expert":
+        return _right_forward(gate, x, routed)
+    return copy_to_tensor_model_parallel_region(gates._logits(x, gate.weight), group=gate.tp_group)
+
+
+def _layer_copies_routed_logits(gate: MoAGate, x: Tensor, routed: bool = False) -> Tensor:
+    logits = _right_forward(gate, x, routed)
+    return copy_to_tensor_model_parallel_region(logits, group=gate.tp_group) if routed else logits
+
+
+def _layer_copies_scalars(gate: MoAGate, x: Tensor, routed: bool = False) -> Tensor:
+    return copy_to_tensor_model_parallel_region(gate.weight, group=gate.tp_group)
+
+
+def _forward(wrong: Forward) -> Any:
+    return mock.patch.object(MoAGate, "forward", wrong)
+
+
+def _marks(**marks: Any) -> Any:
+    """The right attributes, then wrong ones in their place, on gates of one scope."""
+    scope, right = marks.pop("scope"), MoAGate._mark
+
+    def mark(gate: MoAGate, *arguments: Any) -> None:
+        right(gate, *arguments)
+        for name, value in marks.items() if gate.scope == scope else ():
+            setattr(gate.weight, name, value)
+
+    return mock.patch.object(MoAGate, "_mark", mark)
+
+
+_AVERAGE = {"sequence_parallel": False, "average_gradients_across_tp_domain": True}
+
+WRONG: dict[str, Callable[[], Any]] = {
+    "no_copy": lambda: _forward(_no_copy),
+    "gather_without_sum": lambda: _forward(_gather_without_sum),
+    "dense_no_sequence_sum": lambda: _marks(scope="dense", sequence_parallel=False),
+    "dense_sequence_sum": lambda: _marks(scope="dense", sequence_parallel=True),
+    "dense_average": lambda: _marks(scope="dense", **_AVERAGE),
+    "expert_copies_logits": lambda: _forward(_expert_copies_logits),
+    "expert_sequence_sum": lambda: _marks(scope="expert", sequence_parallel=True),
+    "expert_as_ordinary": lambda: _marks(scope="expert", allreduce=True),
+    "layer_no_sequence_sum": lambda: _marks(scope="layer", sequence_parallel=False),
+    "layer_average": lambda: _marks(scope="layer", **_AVERAGE),
+    "layer_as_expert": lambda: _marks(scope="layer", allreduce=False),
+    "layer_copies_routed_logits": lambda: _forward(_layer_copies_routed_logits),
+    "layer_copies_scalars": lambda: _forward(_layer_copies_scalars),
+    "unsaved": lambda: mock.patch.object(MoAGate, "sharded_state_dict", lambda *_, **__: {}),
+}
+
+
+@contextmanager
+def applied(name: str | None) -> Iterator[None]:
+    """Within, gates are wrong in the named way; right for None."""
+    with WRONG[name]() if name is not None else nullcontext():
+        yield

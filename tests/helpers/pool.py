@@ -1,0 +1,185 @@
+"""A pool of processes that runs cases over gloo, started once per pytest session.
+
+Importing Megatron takes seconds, setting up process groups milliseconds: so the processes stay and
+each case gets a process group of its own, of as many ranks as it asks for. A case is the name of a
+function, "package.module:function", and its keyword arguments; its results come back by rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import faulthandler
+import importlib
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+_ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+# Four processes that import Megatron at once, on two cores that may be busy.
+_START_SECONDS = 180.0
+# Ranks that wait for a failed one are given this long to fail themselves.
+_GRACE_SECONDS = 1.0
+_Answer = tuple[bool, Any]
+
+
+class CaseFailed(AssertionError):
+    """A case that raised, died or ran out of time; the message holds every rank's traceback."""
+
+
+class Pool:
+    """Processes 0..size-1, started by the first case and restarted after a failed one.
+
+    Args:
+        size: largest number of ranks that a case may ask for.
+        setup: function each process calls once, before its first case.
+    """
+
+    def __init__(self, size: int, setup: str | None = None) -> None:
+        self.size, self.setup = size, setup
+        self._folder = tempfile.TemporaryDirectory(prefix="pool")
+        self._workers: list[tuple[Any, Connection]] = []
+        self._cases = 0
+
+    def run(self, case: str, ranks: int = 1, timeout: float = 60.0, **kwargs: Any) -> list[Any]:
+        """What the function ``case`` returns on each of ``ranks`` ranks.
+
+        Raises:
+            CaseFailed: the processes are then ended, so that the next case finds new ones.
+        """
+        if not 1 <= ranks <= self.size:
+            raise ValueError(f"ranks={ranks}: this pool has 1 to {self.size}")
+        self._start()
+        self._cases += 1
+        folder = Path(self._folder.name, str(self._cases))
+        folder.mkdir()
+        connections = [connection for _, connection in self._workers[:ranks]]
+        for connection in connections:
+            connection.send((case, kwargs, ranks, timeout, str(folder)))
+        answers = _collect(connections, timeout)
+        if len(answers) == ranks and all(succeeded for succeeded, _ in answers.values()):
+            return [answers[rank][1] for rank in range(ranks)]
+        self.stop()
+        raise CaseFailed(_report(case, answers, ranks, folder))
+
+    def _start(self) -> None:
+        if self._workers:
+            return
+        context = multiprocessing.get_context("spawn")
+        with mock.patch.dict(os.environ, _ENVIRONMENT):
+            for rank in range(self.size):
+                ours, theirs = context.Pipe()
+                process = context.Process(
+                    target=_serve, args=(rank, theirs, self.setup), daemon=True
+                )
+                process.start()
+                theirs.close()
+                self._workers.append((process, ours))
+        answers = _collect([connection for _, connection in self._workers], _START_SECONDS)
+        if len(answers) < self.size or not all(succeeded for succeeded, _ in answers.values()):
+            self.stop()
+            raise CaseFailed(_report("setup", answers, self.size, Path(self._folder.name)))
+
+    def stop(self) -> None:
+        """End the processes, whatever they do; the next case starts new ones."""
+        for process, connection in self._workers:
+            process.kill()
+            process.join()
+            connection.close()
+        self._workers = []
+
+
+def _collect(connections: list[Connection], timeout: float) -> dict[int, _Answer]:
+    """Answers by rank; after the first failure the others have only a moment left."""
+    answers: dict[int, _Answer] = {}
+    pending = dict(zip(connections, range(len(connections)), strict=True))
+    while pending:
+        ready = wait(list(pending), timeout)
+        if not ready:
+            break
+        for connection in ready:
+            assert isinstance(connection, Connection)
+            rank = pending.pop(connection)
+            try:
+                answers[rank] = connection.recv()
+            except (EOFError, ConnectionError):
+                answers[rank] = (False, "the process died")
+            if not answers[rank][0]:
+                timeout = _GRACE_SECONDS
+    return answers
+
+
+def _report(case: str, answers: dict[int, _Answer], ranks: int, folder: Path) -> str:
+    parts = [f"{case} failed"]
+    for rank in range(ranks):
+        succeeded, answer = answers.get(rank, (False, "no answer in time"))
+        stack = folder / f"{rank}.stack"
+        where = stack.read_text() if rank not in answers and stack.exists() else ""
+        parts.append(f"-- rank {rank}: {'finished' if succeeded else answer}\n{where}")
+    return "\n".join(parts)
+
+
+def _serve(rank: int, connection: Connection, setup: str | None) -> None:
+    """The life of one process: cases until the parent goes away."""
+    torch.set_num_threads(1)
+    connection.send(_attempt(_function(setup)) if setup is not None else (True, None))
+    while True:
+        try:
+            case, kwargs, ranks, timeout, folder = connection.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        with open(f"{folder}/{rank}.stack", "w") as stack:
+            faulthandler.dump_traceback_later(0.9 * timeout, file=stack)
+            answer = _attempt(lambda: _run(case, kwargs, rank, ranks, timeout, folder))
+            faulthandler.cancel_dump_traceback_later()
+        connection.send(answer)
+
+
+def _attempt(function: Callable[[], Any]) -> _Answer:
+    try:
+        return True, function()
+    except BaseException:  # SystemExit is a failure too
+        return False, traceback.format_exc()
+
+
+def _run(
+    case: str, kwargs: dict[str, Any], rank: int, ranks: int, timeout: float, folder: str
+) -> Any:
+    store = dist.FileStore(f"{folder}/store", ranks)
+    limit = datetime.timedelta(seconds=2 * timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=limit)
+    try:
+        result = _function(case)(**kwargs)
+        dist.barrier()
+        return result
+    finally:
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group()
+
+
+def _function(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def megatron_on_host() -> None:
+    """Setup for cases that use Megatron; nothing may have imported it before."""
+    import logging
+    import warnings
+
+    from moa_megatron import host, patches
+
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    host.install()
+    patches.apply()
+    importlib.import_module("tests.helpers.training")
