@@ -1,6 +1,6 @@
 # make test is the README's second command; CI (.ci/run) runs every target but bench.
 PY = .venv/bin/python
-PYTEST = PYTHONPATH=. CUDA_VISIBLE_DEVICES= $(PY) -m pytest -q
+PYTEST = PYTHONPATH=. CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -q
 
 .PHONY: setup test check unit parallel e2e slow compare bench
 

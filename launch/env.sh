@@ -21,6 +21,10 @@ moa_threads() { # NPROC -> threads per process
   echo $((cores / $1 > 0 ? cores / $1 : 1))
 }
 
+# An OpenMP thread that waits by spinning holds the core that the thread it waits for needs: on a
+# busy or virtual machine small kernels become 10 times slower (docs/decisions.md).
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}"
+
 # Before Blackwell, overlapping communication with computation under tensor or context parallelism
 # relies on a single hardware queue, which keeps kernels in launch order.
 if command -v nvidia-smi >/dev/null 2>&1; then

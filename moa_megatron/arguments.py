@@ -52,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="embedded corpus where no data path is given: none | stdlib (Python's own source)",
     )
     group.add_argument(
+        "--moa-scaled-init",
+        action="store_true",
+        help="scale output projections by depth, as Megatron does; the paper does not",
+    )
+    group.add_argument(
         "--moa-cache-dir",
         type=Path,
         default=Path.home() / ".cache" / "moa_megatron",

@@ -97,16 +97,25 @@ def _padded_vocab(config: GPTModelConfig) -> int:
 
 def model_config(args: argparse.Namespace, moa: MoAConfig) -> HybridModelConfig | GPTModelConfig:
     """What ``megatron.training.pretrain`` builds its model from."""
-    if args.moa_model == "gpt":
-        if moa.mixing == "fixed":
-            return gpt_config_from_args(args)  # type: ignore[no-any-return]
-        config = gpt_config_from_args(args, model_config_cls=MoAGPTModelConfig)
-        config.moa = moa
-        return config  # type: ignore[no-any-return]
+    config = _gpt_config(args, moa) if args.moa_model == "gpt" else _hybrid_config(args, moa)
+    if not args.moa_scaled_init:
+        config.transformer.output_layer_init_method = config.transformer.init_method
+    return config
+
+
+def _gpt_config(args: argparse.Namespace, moa: MoAConfig) -> GPTModelConfig:
+    if moa.mixing == "fixed":
+        return gpt_config_from_args(args)
+    config = gpt_config_from_args(args, model_config_cls=MoAGPTModelConfig)
+    config.moa = moa
+    return config
+
+
+def _hybrid_config(args: argparse.Namespace, moa: MoAConfig) -> HybridModelConfig:
     config = hybrid_config_from_args(args)
     base = config.hybrid_stack_spec
     if base is None:
         local = args.transformer_impl == "local"
         base = local_hybrid_stack_spec() if local else hybrid_stack_spec
     config.hybrid_stack_spec = with_moa(base, moa)
-    return config  # type: ignore[no-any-return]
+    return config

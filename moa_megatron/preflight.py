@@ -14,7 +14,7 @@ from moa_megatron.config import MoAConfig
 
 # Upstream arguments that MoA cannot honour: a predicate on their value, and the reason.
 _FUSED = "it fuses fc1, activation and fc2 in one operator, so the activation would not be MoA's"
-_CHANGES_ACTIVATION = "it changes or stores the activation itself, which MoA replaces"
+_CHANGES_ACTIVATION = "it changes the activation itself, which MoA replaces"
 FORBIDDEN: dict[str, str] = {
     "use_transformer_engine_op_fuser": _FUSED,
     "use_grouped_gemm_for_dense_mlp": _FUSED,
@@ -23,7 +23,6 @@ FORBIDDEN: dict[str, str] = {
     "moe_paged_stash": _FUSED,
     "moe_expert_rank_capacity_factor": _FUSED,
     "use_te_activation_func": _CHANGES_ACTIVATION,
-    "activation_func_fp8_input_store": _CHANGES_ACTIVATION,
     "activation_func_clamp_value": _CHANGES_ACTIVATION,
     "glu_linear_offset": _CHANGES_ACTIVATION,
     "quick_geglu": _CHANGES_ACTIVATION,

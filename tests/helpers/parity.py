@@ -65,7 +65,7 @@ class Parity:
 
     def summary(self) -> str:
         """The margin, said on success too."""
-        kinds = {kind: 0.0 for kind in ("loss", "norm", "gradient", "weight")}
+        kinds = dict.fromkeys(("loss", "norm", "gradient", "weight"), 0.0)
         for key, error in self.errors.items():
             kind = key.split()[0]
             kinds[kind] = max(kinds[kind], error)
@@ -113,7 +113,9 @@ class Bench:
 
     def place(self, case: str, layout: Layout, **kwargs: Any) -> Tensors:
         """The whole initial weights that a case of ``tests.helpers.training`` reports."""
-        runs = self.pool.run(f"tests.helpers.training:{case}", layout.ranks, layout=layout, **kwargs)
+        runs = self.pool.run(
+            f"tests.helpers.training:{case}", layout.ranks, layout=layout, **kwargs
+        )
         tensors, conflicts = assemble(shard for run in runs for shard in run.initial)
         assert not conflicts, f"replicas differ: {conflicts}"
         return tensors

@@ -7,12 +7,15 @@ function, "package.module:function", and its keyword arguments; its results come
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import faulthandler
+import gc
 import importlib
 import multiprocessing
 import os
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -27,6 +30,7 @@ import torch.distributed as dist
 _ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 # Four processes that import Megatron at once, on two cores that may be busy.
 _START_SECONDS = 180.0
+_STOP_SECONDS = 10.0
 # Ranks that wait for a failed one are given this long to fail themselves.
 _GRACE_SECONDS = 1.0
 _Answer = tuple[bool, Any]
@@ -49,6 +53,8 @@ class Pool:
         self._folder = tempfile.TemporaryDirectory(prefix="pool")
         self._workers: list[tuple[Any, Connection]] = []
         self._cases = 0
+        # Before multiprocessing waits for its processes, which wait for us.
+        atexit.register(self.stop)
 
     def run(self, case: str, ranks: int = 1, timeout: float = 60.0, **kwargs: Any) -> list[Any]:
         """What the function ``case`` returns on each of ``ranks`` ranks.
@@ -68,7 +74,7 @@ class Pool:
         answers = _collect(connections, timeout)
         if len(answers) == ranks and all(succeeded for succeeded, _ in answers.values()):
             return [answers[rank][1] for rank in range(ranks)]
-        self.stop()
+        self.stop(kill=True)
         raise CaseFailed(_report(case, answers, ranks, folder))
 
     def _start(self) -> None:
@@ -78,23 +84,26 @@ class Pool:
         with mock.patch.dict(os.environ, _ENVIRONMENT):
             for rank in range(self.size):
                 ours, theirs = context.Pipe()
-                process = context.Process(
-                    target=_serve, args=(rank, theirs, self.setup), daemon=True
-                )
+                # Not daemonic: those may not start the helpers that saving a checkpoint needs.
+                process = context.Process(target=_serve, args=(rank, theirs, self.setup))
                 process.start()
                 theirs.close()
                 self._workers.append((process, ours))
         answers = _collect([connection for _, connection in self._workers], _START_SECONDS)
         if len(answers) < self.size or not all(succeeded for succeeded, _ in answers.values()):
-            self.stop()
+            self.stop(kill=True)
             raise CaseFailed(_report("setup", answers, self.size, Path(self._folder.name)))
 
-    def stop(self) -> None:
-        """End the processes, whatever they do; the next case starts new ones."""
-        for process, connection in self._workers:
-            process.kill()
-            process.join()
+    def stop(self, kill: bool = False) -> None:
+        """End the processes, at once where one may hang; the next case starts new ones."""
+        for _, connection in self._workers:
             connection.close()
+        for process, _ in self._workers:
+            process.join(0.0 if kill else _STOP_SECONDS)
+            # Saving a checkpoint starts helpers, which the group includes.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.join()
         self._workers = []
 
 
@@ -130,6 +139,7 @@ def _report(case: str, answers: dict[int, _Answer], ranks: int, folder: Path) ->
 
 def _serve(rank: int, connection: Connection, setup: str | None) -> None:
     """The life of one process: cases until the parent goes away."""
+    os.setpgrp()
     torch.set_num_threads(1)
     connection.send(_attempt(_function(setup)) if setup is not None else (True, None))
     while True:
@@ -164,6 +174,8 @@ def _run(
     finally:
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
+        # A model and its process groups refer to each other, and each group has threads that spin.
+        gc.collect()
 
 
 def _function(name: str) -> Any:

@@ -21,6 +21,10 @@ DENSE = Model()
 DENSE_GPT = Model(family="gpt", moa=moa(variant="qd"))
 MOE = Model(moe=True)
 MOE_GPT = Model(family="gpt", moe=True, moa=moa(gate_scope="expert"))
+# These two cut the graph inside a feedforward block, and the gradients of its input are added up
+# in another order; all others repeat the same operations and must agree in every bit.
+REORDERED = {"layernorm", "shared_experts"}
+ROUNDING = 1e-6
 TP2_SP = Layout(tp=2, sp=True)
 EP2 = Layout(ep=2, data=2)
 
@@ -51,7 +55,8 @@ def test_equals_no_recompute(
     found = bench.train(recomputing, layout, initial=reference.initial)
     parity = compare(found, plain)
     print(parity.summary())
-    parity.check(bound=0.0)
+    modules = set(options.get("recompute_modules", ()))
+    parity.check(bound=ROUNDING if modules & REORDERED else 0.0)
     # The norm's output is recomputed from its input; the gate that reads it is not.
-    recomputes_gates = options.get("recompute_modules") != ("layernorm",)
+    recomputes_gates = modules != {"layernorm"}
     assert (found.gate_calls > plain.gate_calls) == recomputes_gates

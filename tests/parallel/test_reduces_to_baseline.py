@@ -12,7 +12,11 @@ from tests.helpers.tensors import Array, Tensors, relative_errors
 # A factor 0 leaves no trace and a factor 1 none either; what remains is the order of rounding in
 # the two backward formulas.
 BOUND = 2e-6
-LAYOUTS = {"1": (False, ONE_RANK), "tp2": (False, Layout(tp=2)), "ep2": (True, Layout(ep=2, data=2))}
+LAYOUTS = {
+    "1": (False, ONE_RANK),
+    "tp2": (False, Layout(tp=2)),
+    "ep2": (True, Layout(ep=2, data=2)),
+}
 
 
 def _spelled(names: list[str], chosen: set[str]) -> Array:
@@ -23,7 +27,9 @@ def _spelled(names: list[str], chosen: set[str]) -> Array:
 def _swap_branches(tensors: Tensors) -> Tensors:
     """W1 and W2 exchanged: the dictionary of qd has the pair id(y) silu(z) only."""
     return {
-        key: np.roll(tensor, tensor.shape[-2] // 2, axis=-2) if "linear_fc1.weight" in key else tensor
+        key: np.roll(tensor, tensor.shape[-2] // 2, axis=-2)
+        if "linear_fc1.weight" in key
+        else tensor
         for key, tensor in tensors.items()
     }
 

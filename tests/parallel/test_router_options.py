@@ -61,6 +61,7 @@ def test_padding_changes_nothing_but_shapes(bench: Bench) -> None:
     """Padding rows carry zero weight: they must not reach a gate's gradient."""
     for scope in ("layer", "expert"):
         dropped, padded = (
-            bench.reference(_model(scope, OPTIONS[name])) for name in ("capacity", "capacity_padded")
+            bench.reference(_model(scope, OPTIONS[name]))
+            for name in ("capacity", "capacity_padded")
         )
         compare(padded, dropped).check()

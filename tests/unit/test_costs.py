@@ -1,0 +1,124 @@
+"""Parameter formulas against models that Megatron builds, and the paper's exact totals."""
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from tests.helpers import isolated
+
+PAPER = {"dense-0.12b": 119_744_256, "moe-2b": 1_996_574_720}
+GATES = {"dense-0.12b": 6 * 14 * 768, "moe-2b": 15 * 10 * 1280}
+
+
+def prepared(recipe: str, *words: str) -> Any:
+    from moa_megatron import host
+
+    host.install()
+    from moa_megatron import launch, patches, recipes
+
+    patches.apply()
+    argv = [recipe, "--run-dir", "runs/never-made", "--mock-data", *words]
+    return launch.prepare(recipes.parse_command_line(argv), host.HOST_ARGS)
+
+
+def built(run: Any) -> torch.nn.Module:
+    """The model of a run on the meta device: shapes without memory."""
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from moa_megatron import models
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(
+            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+        parallel_state.initialize_model_parallel()
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+    config = models.model_config(run.args, run.moa)
+    config.transformer.perform_initialization = False
+    meta = torch.device("meta")
+    with meta, mock.patch("torch.cuda.current_device", lambda: meta):
+        builder = config.get_builder_cls()(config)
+        return builder.build_model(  # type: ignore[no-any-return]
+            ProcessGroupCollection.use_mpu_process_groups(), pre_process=True, post_process=True
+        )
+
+
+def assert_counts(run: Any) -> Any:
+    from moa_megatron import costs
+
+    model = built(run)
+    expected = costs.parameters(run.args, run.moa, run.args.padded_vocab_size)
+    actual = {name: p.numel() for name, p in model.named_parameters()}
+    gates = sum(size for name, size in actual.items() if "moa_gate" in name)
+    assert (sum(actual.values()), gates) == (expected.total, expected.gates)
+    return expected
+
+
+def check_paper_totals_are_exact() -> None:
+    for recipe, total in PAPER.items():
+        for model in ("hybrid", "gpt"):
+            fixed = assert_counts(prepared(recipe, "--moa-mixing", "fixed", "--moa-model", model))
+            assert (fixed.total, fixed.gates) == (total, 0), recipe
+            moa = assert_counts(prepared(recipe, "--moa-model", model))
+            assert (moa.total, moa.gates) == (total + GATES[recipe], GATES[recipe]), recipe
+
+
+def check_active_parameters_of_moe_2b() -> None:
+    fixed = assert_counts(prepared("moe-2b", "--moa-mixing", "fixed"))
+    assert round(fixed.active / 1e9, 4) == 0.6209
+
+
+def check_every_kind_of_ffn() -> None:
+    for words in (
+        ("--moa-variant", "type1"),
+        ("--moa-variant", "one", "--moa-gate-scope", "expert"),
+        ("--moa-mixing", "la", "--moa-variant", "qd"),
+        ("--moa-mixing", "la", "--moa-gate-scope", "expert", "--moe-layer-freq", "2"),
+        ("--mtp-num-layers", "1"),
+        ("--mtp-num-layers", "1", "--moa-model", "gpt", "--moa-gate-scope", "expert"),
+        ("--moe-shared-expert-gate", "--moa-dictionary", "id", "silu"),
+    ):
+        assert_counts(prepared("tiny-moe", *words))
+    assert_counts(prepared("tiny-dense", "--moa-variant", "type1"))
+
+
+def check_gpt_mtp_gets_gates() -> None:
+    names = [
+        name
+        for name, _ in built(
+            prepared("tiny-dense", "--mtp-num-layers", "1", "--moa-model", "gpt")
+        ).named_parameters()
+    ]
+    assert any(name.startswith("mtp.") and "moa_gate" in name for name in names), names
+
+
+def check_muon_leaves_gates_to_adamw() -> None:
+    from megatron.core.optimizer.emerging_optimizers import _EMERGING_OPTIMIZERS
+    from megatron.core.optimizer.layer_wise_optimizer import is_managed_by_layer_wise_optimizer
+
+    model = built(prepared("moe-2b"))
+    (override,) = _EMERGING_OPTIMIZERS["muon"].default_param_overrides.items()
+    key, settings = override
+    assert settings == {"optimizer": "adam"}
+    for name, parameter in model.named_parameters():
+        on_adam = key.predicate.fn(parameter)
+        expected = "moa_gate" in name or parameter.dim() != 2 or "embedding" in name
+        assert on_adam == (expected or "output_layer" in name), name
+        if parameter.dim() == 2:
+            assert is_managed_by_layer_wise_optimizer(parameter) == (not on_adam), name
+
+
+CHECKS = [name for name in globals() if name.startswith("check_")]
+
+
+@pytest.fixture(scope="module")
+def failures() -> dict[str, str]:
+    return isolated.outcomes(__file__, CHECKS)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_costs(failures: dict[str, str], name: str) -> None:
+    assert not failures[name], failures[name]

@@ -1,0 +1,178 @@
+"""Arguments and preflight with Megatron's real parser: what is derived, what is refused and how."""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from moa_megatron import recipes
+from moa_megatron.recipes import RefusedError
+from tests.helpers import isolated
+
+
+def prepare(*words: str, world: int = 1) -> Any:
+    """The run that a command line describes, on a machine of `world` processes."""
+    from moa_megatron import host
+
+    host.install()
+    from moa_megatron import launch, patches
+
+    patches.apply()
+    with tempfile.TemporaryDirectory() as folder:
+        argv = ["tiny-moe", "--run-dir", f"{folder}/run", *words]
+        command = recipes.parse_command_line(argv[1:] if words[:1] == ("--recipe",) else argv)
+        with mock.patch.dict(os.environ, {"WORLD_SIZE": str(world), "RANK": "0"}):
+            run = launch.prepare(command, host.HOST_ARGS)
+        assert not Path(folder, "run").exists(), "preflight must leave no run folder behind"
+        return run
+
+
+@contextmanager
+def refused(*parts: str) -> Iterator[None]:
+    with pytest.raises(RefusedError) as caught:
+        yield
+    missing = [part for part in parts if part not in str(caught.value)]
+    assert not missing, f"{missing} not in:\n{caught.value}"
+
+
+def args_of(*words: str, world: int = 1) -> argparse.Namespace:
+    return prepare("--mock-data", *words, world=world).args  # type: ignore[no-any-return]
+
+
+def check_pattern_follows_megatron_flags() -> None:
+    assert args_of().hybrid_layer_pattern == "*E*E*E*E"
+    assert args_of("--moe-layer-freq", "2").hybrid_layer_pattern == "*E*-*E*-"
+    assert args_of("--mtp-num-layers", "1").hybrid_layer_pattern == "*E*E*E*E/*E"
+    virtual = args_of(
+        "--num-layers-per-virtual-pipeline-stage",
+        "1",
+        "--pipeline-model-parallel-size",
+        "2",
+        world=2,
+    )
+    assert virtual.hybrid_layer_pattern == "*E|*E|*E|*E"
+    assert virtual.virtual_pipeline_model_parallel_size == 2
+    assert args_of("--moa-model", "gpt").hybrid_layer_pattern is None
+
+
+def check_type1_is_ungated_and_wider() -> None:
+    args = args_of("--moa-variant", "type1")
+    assert not args.swiglu and args.moe_ffn_hidden_size == 126
+    assert args.moe_shared_expert_intermediate_size == 516
+    kept = args_of("--moa-variant", "type1", "--moe-ffn-hidden-size", "100")
+    assert kept.moe_ffn_hidden_size == 100
+    assert args_of("--moa-mixing", "fixed", "--moa-variant", "type1").swiglu
+
+
+def check_fixed_keeps_megatron_flags() -> None:
+    args = args_of("--moa-mixing", "fixed", "--set", "swiglu=false", "--squared-relu")
+    assert args.squared_relu and not args.swiglu
+
+
+def check_settings_of_the_method() -> None:
+    with refused("dictionary='silo'", "did you mean 'silu'", "repeats id"):
+        args_of("--moa-dictionary", "silo", "id", "id")
+    with refused("gate='tanh' with mixing='la'"):
+        args_of("--moa-mixing", "la", "--moa-gate", "tanh")
+    with refused("variant='qdd' is unknown", "did you mean 'qd'"):
+        args_of("--moa-variant", "qdd")
+    with refused("swiglu=False was asked for"):
+        args_of("--set", "swiglu=false")
+    with refused("--moa-varient is no flag", "did you mean '--moa-variant'"):
+        args_of("--moa-varient", "qd")
+    with refused("--moa-model htbrid is unknown", "did you mean 'hybrid'"):
+        args_of("--moa-model", "htbrid")
+
+
+def check_upstream_flags_that_moa_cannot_honour() -> None:
+    from moa_megatron import preflight
+
+    with refused("--moe-shared-expert-overlap", "leave it out", "--squared-relu", "--quick-geglu"):
+        args_of("--moe-shared-expert-overlap", "--squared-relu", "--quick-geglu")
+    with refused("--decoupled-lr", "AdamW under Muon"):
+        args_of("--decoupled-lr", "1e-3")
+    with refused("--transformer-impl transformer_engine", "use --transformer-impl local"):
+        args_of("--transformer-impl", "transformer_engine")
+    known = vars(args_of())
+    absent = [name for name in preflight.FORBIDDEN if name not in known]
+    # The flag exists where the kitchen library is installed; any other absence is a typing error.
+    assert set(absent) <= {"use_kitchen"}, absent
+
+
+def check_layout_violations_come_together() -> None:
+    with refused(
+        "3 processes cannot hold",
+        "--tensor-model-parallel-size=3 does not divide the attention heads (4); choose from 1, 2, 4",
+        "--pipeline-model-parallel-size=3 does not divide the blocks (4)",
+        "--expert-model-parallel-size=3 does not divide the experts (8); choose from 1, 2, 4, 8",
+        "needs --sequence-parallel",
+    ):
+        args_of(
+            *("--tensor-model-parallel-size", "3", "--pipeline-model-parallel-size", "3"),
+            *("--expert-model-parallel-size", "3"),
+            world=3,
+        )
+    with refused("--global-batch-size=6 is not a multiple", "nearest: 8"):
+        args_of("--global-batch-size", "6")
+    with refused("--moe-router-topk=9 exceeds --num-experts=8"):
+        args_of("--moe-router-topk", "9")
+    with refused("does not divide the experts' width (85)"):
+        args_of(
+            *("--moe-ffn-hidden-size", "85", "--tensor-model-parallel-size", "2"),
+            "--sequence-parallel",
+            world=2,
+        )
+    with refused("--lr-warmup-iters=300 does not end within 300 steps"):
+        args_of("--set", "lr_warmup_fraction=null", "--lr-warmup-iters", "300")
+
+
+def check_data_problems() -> None:
+    with refused("/nowhere/x"):
+        prepare(
+            "--data-path", "/nowhere/x", "--vocab-size", "64", "--tokenizer-type", "NullTokenizer"
+        )
+    with refused("no data: give --data-path", "tools/prepare_data.py", "FineWeb-Edu"):
+        prepare("--moa-corpus", "none")
+    with refused("cannot be read"):
+        prepare("--data-args-path", "/nowhere/list.txt")
+    with tempfile.TemporaryDirectory() as folder:
+        foreign = Path(folder, "f")
+        Path(f"{foreign}.idx").write_bytes(b"not an index at all")
+        Path(f"{foreign}.bin").write_bytes(b"xx")
+        with refused(str(foreign)):
+            prepare("--data-path", str(foreign), "--vocab-size", "64")
+
+
+def check_broken_run_folder_is_not_restarted() -> None:
+    from moa_megatron import host
+
+    host.install()
+    from moa_megatron import launch
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "checkpoints", "iter_0000004").mkdir(parents=True)
+        command = recipes.parse_command_line(["tiny-moe", "--run-dir", folder, "--mock-data"])
+        with refused("its save did not complete"):
+            launch.prepare(command, host.HOST_ARGS)
+        Path(folder, "checkpoints", "latest_checkpointed_iteration.txt").write_text("")
+        with refused("instead of a step"):
+            launch.prepare(command, host.HOST_ARGS)
+
+
+CHECKS = [name for name in globals() if name.startswith("check_")]
+
+
+@pytest.fixture(scope="module")
+def failures() -> dict[str, str]:
+    return isolated.outcomes(__file__, CHECKS)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_preflight(failures: dict[str, str], name: str) -> None:
+    assert not failures[name], failures[name]
