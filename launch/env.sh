@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Environment of every launch: sourced by local.sh, each export with its reason.
 # Values that the caller has set are kept.
 

@@ -61,6 +61,7 @@ def train(
             run.losses.append(_mean_loss(losses))
             run.norms.append(float(norm))
         run.weights = shards(chunks)
+        _release(chunks)
         return run
 
 
@@ -209,6 +210,16 @@ def _count_gate_calls(chunks: Chunks, run: Run) -> None:
 
     for gate in models.gates(chunks):
         gate.register_forward_pre_hook(count)
+
+
+def _release(chunks: Chunks) -> None:
+    """Drop what the token dispatchers keep of the last pass: its graph holds the model and its
+    process groups, threads included, in a cycle that Python's collector does not see."""
+    for module in (m for chunk in chunks for m in chunk.modules()):
+        state = vars(getattr(module, "token_dispatcher", module))
+        for name, value in list(state.items()):
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                state[name] = None
 
 
 def _vary_scalars(chunks: Chunks) -> None:

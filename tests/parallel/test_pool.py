@@ -58,6 +58,7 @@ def test_runs_in_groups_of_any_size(pool: Pool) -> None:
         ("hangs_on_one_rank", r"rank 1: no answer in time[\s\S]*hangs_on_one_rank"),
         ("dies", "the process died"),
     ],
+    ids=["fails", "hangs", "dies"],
 )
 def test_failure_is_reported_and_forgotten(pool: Pool, case: str, message: str) -> None:
     begin = time.monotonic()

@@ -9,9 +9,9 @@ from tests.helpers.cases import ONE_RANK, Layout, Model, moa
 from tests.helpers.parity import Bench
 from tests.helpers.tensors import Array, Tensors, relative_errors
 
-# A factor 0 leaves no trace and a factor 1 none either; what remains is the order of rounding in
-# the two backward formulas.
-BOUND = 2e-6
+# Factors of 0 and 1 round nothing, so on one rank every bit agrees. Layouts, and branches that
+# have changed places, add up in another order.
+ROUNDING = 2e-6
 LAYOUTS = {
     "1": (False, ONE_RANK),
     "tp2": (False, Layout(tp=2)),
@@ -43,6 +43,7 @@ def _swap_branches(tensors: Tensors) -> Tensors:
         ("bi", {"y:silu", "z:id"}),
         ("qd", {"id*silu"}),
     ],
+    ids=["type1", "one", "bi", "qd"],
 )
 def test_equals_megatrons_ffn(bench: Bench, variant: str, chosen: set[str], place: str) -> None:
     moe, layout = LAYOUTS[place]
@@ -61,4 +62,5 @@ def test_equals_megatrons_ffn(bench: Bench, variant: str, chosen: set[str], plac
     errors = relative_errors(gradients, baseline.gradients)
     errors["loss"] = abs(found.losses[0] / baseline.losses[0] - 1)
     print(f"worst {max(errors.items(), key=lambda item: item[1])}")
-    assert max(errors.values()) <= BOUND
+    exact = layout == ONE_RANK and variant != "qd"
+    assert max(errors.values()) <= (0.0 if exact else ROUNDING)
