@@ -16,6 +16,7 @@ from megatron.training.arguments import validate_args
 from megatron.training.global_vars import set_global_variables
 from megatron.training.training import pretrain
 from megatron.training.vocab_utils import calculate_padded_vocab_size
+from tokenizers import Tokenizer
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from moa_megatron import (
@@ -73,6 +74,8 @@ class Run:
         args = self.args
         facts: dict[str, Any] = {"step": max(self.step(), getattr(args, "iteration", 0))}
         facts["train_iters"] = args.train_iters
+        if hasattr(args, "moa_corpus_sha256"):
+            facts["corpus_sha256"] = args.moa_corpus_sha256
         with contextlib.suppress(ValueError):
             saved = runstate.checkpoint_step(Path(args.save)) if args.save else None
             if saved is not None:
@@ -94,8 +97,10 @@ class Run:
     def summary(self) -> list[str]:
         """The readable start."""
         args, moa = self.args, self.moa
-        count = costs.parameters(args, moa, args.padded_vocab_size)
+        count = costs.parameters(args, moa, args.padded_vocab_size or 0)
         share = f"{count.gates:,} of them gates ({count.gates / count.total:.2%})"
+        if args.padded_vocab_size is None:
+            share += ", without embeddings"
         device = "host CPU, gloo" if host.active() else torch.cuda.get_device_name()
         tokens = args.global_batch_size * args.seq_length
         sizes = (
@@ -194,10 +199,17 @@ def _choose_data(args: argparse.Namespace) -> str:
         args.vocab_size = found.vocab_size
     if args.data_cache_path is None:
         args.data_cache_path = str(found.train_prefix.parent / "index")
-    return found.description
+    # It varies with the Python patch release, so the run and its checkpoints remember it.
+    args.moa_corpus_sha256 = found.sha256
+    return f"{found.description}, sha256 {found.sha256[:12]}"
 
 
 def _pad_vocabulary(args: argparse.Namespace) -> None:
+    """Sizes of the vocabulary, which Megatron would find only when it loads the tokenizer."""
+    if args.vocab_size is None and args.tokenizer_model is not None:
+        file = Path(args.tokenizer_model) / "tokenizer.json"
+        if file.is_file():
+            args.vocab_size = Tokenizer.from_file(str(file)).get_vocab_size()
     if args.padded_vocab_size is None and args.vocab_size is not None:
         args.padded_vocab_size = calculate_padded_vocab_size(
             args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size

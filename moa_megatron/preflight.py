@@ -220,7 +220,7 @@ def data_problems(args: argparse.Namespace) -> list[str]:
     problems = []
     for prefix in prefixes:
         try:
-            tokenization.check_prefix(Path(prefix), vocab_size=args.vocab_size)
+            tokenization.check_prefix(Path(prefix), args.vocab_size or 2**31)
         except ValueError as error:
             problems.append(str(error))
     return problems

@@ -1,4 +1,4 @@
-"""What a parallel test is made of: a tiny model, and a layout. Imports neither Megatron nor torch."""
+"""What a parallel test is made of: a tiny model and a layout. Needs neither Megatron nor torch."""
 
 from __future__ import annotations
 

@@ -142,6 +142,8 @@ def _serve(rank: int, connection: Connection, setup: str | None) -> None:
     os.setpgrp()
     torch.set_num_threads(1)
     connection.send(_attempt(_function(setup)) if setup is not None else (True, None))
+    # What the imports made stays; without it the collections below take no time.
+    gc.freeze()
     while True:
         try:
             case, kwargs, ranks, timeout, folder = connection.recv()
@@ -149,14 +151,14 @@ def _serve(rank: int, connection: Connection, setup: str | None) -> None:
             return
         with open(f"{folder}/{rank}.stack", "w") as stack:
             faulthandler.dump_traceback_later(0.9 * timeout, file=stack)
-            answer = _attempt(lambda: _run(case, kwargs, rank, ranks, timeout, folder))
+            answer = _attempt(_run, case, kwargs, rank, ranks, timeout, folder)
             faulthandler.cancel_dump_traceback_later()
         connection.send(answer)
 
 
-def _attempt(function: Callable[[], Any]) -> _Answer:
+def _attempt(function: Callable[..., Any], *arguments: Any) -> _Answer:
     try:
-        return True, function()
+        return True, function(*arguments)
     except BaseException:  # SystemExit is a failure too
         return False, traceback.format_exc()
 

@@ -34,7 +34,7 @@ def test_equal_at_every_layout(bench: Bench, scope: str) -> None:
 
 def test_experts_differ(bench: Bench) -> None:
     model = Model(moe=True, moa=moa(gate_scope="expert"))
-    gates = [g for g in _gates(bench.place("fresh", ONE_RANK, model=model)).values()]
+    gates = list(_gates(bench.place("fresh", ONE_RANK, model=model)).values())
     stacked = np.concatenate([gate.reshape(1, -1) for gate in gates])
     correlation = np.corrcoef(stacked) - np.eye(len(gates))
     assert np.abs(correlation).max() < 0.25

@@ -108,7 +108,8 @@ def check_upstream_flags_that_moa_cannot_honour() -> None:
 def check_layout_violations_come_together() -> None:
     with refused(
         "3 processes cannot hold",
-        "--tensor-model-parallel-size=3 does not divide the attention heads (4); choose from 1, 2, 4",
+        "--tensor-model-parallel-size=3 does not divide the attention heads (4)",
+        "choose from 1, 2, 4",
         "--pipeline-model-parallel-size=3 does not divide the blocks (4)",
         "--expert-model-parallel-size=3 does not divide the experts (8); choose from 1, 2, 4, 8",
         "needs --sequence-parallel",

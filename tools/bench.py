@@ -1,0 +1,118 @@
+#!/usr/bin/env python3
+"""Times a recipe as a user runs it: start-up and steps, MoA over Megatron's fixed activation.
+
+    tools/bench.py                          tiny-moe, three pairs of runs
+    tools/bench.py --recipe tiny-dense --steps 40 --pairs 5
+
+MoA and baseline run in turn, so that a drift of the machine meets both; quote the ratios. The last
+line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+_ITERATION = re.compile(r"iteration +(\d+)/.*elapsed time per iteration \(ms\): ([0-9.]+)")
+VARIANTS = {"moa": ["--moa-mixing", "moa"], "fixed": ["--moa-mixing", "fixed"]}
+
+
+def timed_run(recipe: str, steps: int, words: list[str], cache: Path | None) -> tuple[float, float]:
+    """Seconds from the command to its first iteration, and median milliseconds of the others."""
+    first, times = 0.0, []
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(ROOT / "launch" / "local.sh"), recipe, "--run-dir", f"{folder}/run"]
+        command += ["--train-iters", str(steps), "--log-interval", "1", "--eval-iters", "0"]
+        command += ["--set", "save=null", *words]
+        if cache is not None:
+            command += ["--moa-cache-dir", str(cache)]
+        begin = time.perf_counter()
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+        )
+        assert process.stdout is not None
+        output = []
+        for line in process.stdout:
+            output.append(line)
+            found = _ITERATION.search(line)
+            if not found:
+                continue
+            if not first:
+                first = time.perf_counter() - begin
+            times.append(float(found.group(2)))
+        if process.wait() or len(times) < 3:
+            raise RuntimeError("".join(output))
+    # Megatron counts its first iteration into the second one's mean.
+    return first, statistics.median(times[2:])
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All runs of the benchmark; raises RuntimeError with the output of one that failed."""
+    with tempfile.TemporaryDirectory() as empty:
+        cold, _ = timed_run(options.recipe, 3, VARIANTS["moa"], Path(empty, "cache"))
+    print(f"first iteration {cold:.1f} s after the command, corpus not yet prepared", flush=True)
+    starts: list[float] = []
+    steps: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for pair in range(options.pairs):
+        for name, words in VARIANTS.items():
+            start, step = timed_run(options.recipe, options.steps, words, None)
+            starts.append(start)
+            steps[name].append(step)
+            print(
+                f"pair {pair + 1} {name:<6} start {start:5.1f} s  step {step:7.1f} ms", flush=True
+            )
+    ratios = [a / b for a, b in zip(steps["moa"], steps["fixed"], strict=True)]
+    return {
+        "recipe": options.recipe,
+        "step_ratio_moa_over_fixed": {
+            "median": statistics.median(ratios),
+            "min": min(ratios),
+            "max": max(ratios),
+        },
+        "step_ms": {name: statistics.median(values) for name, values in steps.items()},
+        "first_iteration_s": {"cold": cold, "warm": statistics.median(starts)},
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "python": platform.python_version(),
+        "processor": _processor(),
+    }
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def _processor() -> str:
+    names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    return f"{len(names)} x {names[0]}" if names else platform.processor()
+
+
+def main() -> int:
+    """Prints the report; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--recipe", default="tiny-moe", help="default: tiny-moe")
+    parser.add_argument("--steps", type=int, default=30, help="steps of each run; default: 30")
+    parser.add_argument("--pairs", type=int, default=3, help="pairs of runs; default: 3")
+    result = measure(parser.parse_args())
+    ratio = result["step_ratio_moa_over_fixed"]
+    print(
+        f"step time, MoA over fixed: {ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
+    )
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
