@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moa_megatron import tokenization
+from moa_megatron import token_files
 from moa_megatron.arguments import architecture_differences, read_checkpoint_args
 from moa_megatron.config import MoAConfig
 
@@ -220,7 +220,7 @@ def data_problems(args: argparse.Namespace) -> list[str]:
     problems = []
     for prefix in prefixes:
         try:
-            tokenization.check_prefix(Path(prefix), args.vocab_size or 2**31)
+            token_files.check_prefix(Path(prefix), args.vocab_size or 2**31)
         except ValueError as error:
             problems.append(str(error))
     return problems

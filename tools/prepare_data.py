@@ -18,8 +18,9 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from moa_megatron import corpus
-from moa_megatron.tokenization import MIN_VOCAB_SIZE, BuildReport, TextEncoder, pair
+from moa_megatron import corpus, documents
+from moa_megatron.token_files import BuildReport, build_indexed, pair
+from moa_megatron.tokenization import MIN_VOCAB_SIZE, TextEncoder, train_tokenizer
 
 EXIT_STORAGE, EXIT_INPUT = 74, 78
 
@@ -99,7 +100,7 @@ def output_prefixes(args: argparse.Namespace) -> dict[str, Path]:
     return {name: Path(f"{args.output}-{name}") for name in ("valid", "train")}
 
 
-def check_arguments(args: argparse.Namespace) -> list[corpus.SourceFile]:
+def check_arguments(args: argparse.Namespace) -> list[documents.SourceFile]:
     """The input files.
 
     Raises:
@@ -129,10 +130,10 @@ def check_arguments(args: argparse.Namespace) -> list[corpus.SourceFile]:
     if not args.stdlib and args.output is not None and not args.overwrite:
         taken = [path for p in output_prefixes(args).values() for path in pair(p) if path.exists()]
         problems += [f"{path}: exists; pass --overwrite or another --output" for path in taken]
-    files: list[corpus.SourceFile] = []
+    files: list[documents.SourceFile] = []
     try:
         if not args.stdlib:
-            files = corpus.list_files(args.inputs, args.suffix or (".py",))
+            files = documents.list_files(args.inputs, args.suffix or (".py",))
     except ValueError as error:
         problems.append(str(error))
     try:
@@ -146,16 +147,16 @@ def check_arguments(args: argparse.Namespace) -> list[corpus.SourceFile]:
 
 
 def read(
-    args: argparse.Namespace, files: list[corpus.SourceFile], split: str, title: str
+    args: argparse.Namespace, files: list[documents.SourceFile], split: str, title: str
 ) -> Iterator[str]:
     """The texts of one split, under a progress bar over the bytes of all files."""
-    args.report = corpus.ReadReport()
-    documents = corpus.read_documents(files, args.report, args.json_key, args.strict)
+    args.report = documents.ReadReport()
+    found = documents.read_documents(files, args.report, args.json_key, args.strict)
     total = sum(file.size for file in files)
     with tqdm(total=total, unit="B", unit_scale=True, desc=title) as bar:
-        for document in documents:
+        for document in found:
             bar.update(document.num_bytes)
-            held_out = corpus.in_validation(document.key, args.split_valid)
+            held_out = documents.in_validation(document.key, args.split_valid)
             if not split or held_out == (split == "valid"):
                 yield document.text
 
@@ -174,18 +175,18 @@ def prepare(args: argparse.Namespace) -> None:
     if tokenizer_dir is None:
         tokenizer_dir = Path(f"{args.output}-tokenizer")
         texts = read(args, files, "train" if args.split_valid else "", "tokenizer")
-        corpus.train_tokenizer(texts, args.train_tokenizer, tokenizer_dir)
+        train_tokenizer(texts, args.train_tokenizer, tokenizer_dir)
     built = {}
     for split, prefix in output_prefixes(args).items():
         texts = read(args, files, split, prefix.name)
-        built[split] = corpus.build_indexed(
+        built[split] = build_indexed(
             texts, tokenizer_dir, prefix, args.workers, progress=False, append_eod=args.append_eod
         )
     print_report(built, args.report, tokenizer_dir)
 
 
 def print_report(
-    built: dict[str, BuildReport], report: corpus.ReadReport, tokenizer_dir: Path
+    built: dict[str, BuildReport], report: documents.ReadReport, tokenizer_dir: Path
 ) -> None:
     for split, part in built.items():
         print(

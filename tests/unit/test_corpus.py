@@ -17,23 +17,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moa_megatron import tokenization
-from moa_megatron.corpus import (
-    Corpus,
+from moa_megatron import token_files, tokenization
+from moa_megatron.corpus import Corpus, stdlib_corpus
+from moa_megatron.documents import (
     ReadReport,
     SourceFile,
     in_validation,
     list_files,
     read_documents,
-    stdlib_corpus,
 )
-from moa_megatron.tokenization import (
-    END_OF_DOCUMENT,
-    TextEncoder,
-    build_indexed,
-    check_prefix,
-    train_tokenizer,
-)
+from moa_megatron.token_files import build_indexed, check_prefix
+from moa_megatron.tokenization import END_OF_DOCUMENT, TextEncoder, train_tokenizer
 
 TEXTS = [
     "def f(x):\n    return x + 1\n",
@@ -218,7 +212,7 @@ def test_megatron_reads_our_files(built: Path, tokenizer_dir: Path) -> None:
 def test_workers_do_not_change_the_bytes(
     tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenization, "_CHUNK_CHARS", 2000)  # many more chunks than workers
+    monkeypatch.setattr(token_files, "_CHUNK_CHARS", 2000)  # many more chunks than workers
     rng = random.Random(1)
     texts = ["".join(rng.choices(TEXTS, k=rng.randrange(1, 200))) for _ in range(60)]
     reports = [
@@ -320,8 +314,8 @@ def test_vocabulary_is_checked_in_files_of_any_size(
 ) -> None:
     highest = int(np.fromfile(f"{built}.bin", dtype=np.uint16).max())
     for limit in (1 << 26, 1):  # scanned in full, and sampled
-        monkeypatch.setattr(tokenization, "_FULL_SCAN_TOKENS", limit)
-        monkeypatch.setattr(tokenization, "_SAMPLE_TOKENS", 8)
+        monkeypatch.setattr(token_files, "_FULL_SCAN_TOKENS", limit)
+        monkeypatch.setattr(token_files, "_SAMPLE_TOKENS", 8)
         assert check_prefix(built, highest + 1)
         with pytest.raises(ValueError, match=f"to {highest}, the vocabulary has {highest} "):
             check_prefix(built, highest)
