@@ -9,8 +9,8 @@ import argparse
 import copy
 import dataclasses
 import importlib.util
+import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,12 @@ _FROM_CHECKPOINT_IF_UNSET = (
     "max_position_embeddings",
     "padded_vocab_size",
 )
+# Megatron takes one of several arguments; the user's flag displaces the recipe's choice.
+_ALTERNATIVES: dict[str, tuple[tuple[str, ...], Any]] = {
+    "lr_warmup_fraction": (("lr_warmup_iters", "lr_warmup_samples"), None),
+    "lr_warmup_iters": (("lr_warmup_fraction", "lr_warmup_samples"), 0),
+    "train_iters": (("train_samples",), None),
+}
 _MOA_SHAPE = ("mixing", "variant", "gate", "dictionary", "gate_scope", "leaky_slope")
 
 
@@ -58,8 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--moa-cache-dir",
-        type=Path,
-        default=Path.home() / ".cache" / "moa_megatron",
+        default=str(Path.home() / ".cache" / "moa_megatron"),
         help="prepared corpora and their indices",
     )
     return parser
@@ -95,6 +100,9 @@ def parse(command: CommandLine, extra_flags: list[str]) -> tuple[argparse.Namesp
     finally:
         sys.argv = argv
     args.moa_recipe = command.recipe
+    for name, (others, off) in _ALTERNATIVES.items():
+        if name not in given and given.intersection(others):
+            setattr(args, name, off)
     if args.use_checkpoint_args:
         restore_from_checkpoint(args, given)
     for name, known in _CHOICES.items():
@@ -144,19 +152,19 @@ def _derive_pattern(args: argparse.Namespace) -> None:
         if args.num_layers is None:
             raise RefusedError("num_layers is missing: give --num-layers or --hybrid-layer-pattern")
         blocks = ["*E" if moe else "*-" for moe in moe_blocks(args)]
-        stage = args.num_layers_per_virtual_pipeline_stage
-        if args.num_virtual_stages_per_pipeline_rank is not None:
-            stages = args.num_virtual_stages_per_pipeline_rank * args.pipeline_model_parallel_size
-            stage = max(1, args.num_layers // stages)
-        size = stage or len(blocks)
-        pattern = "|".join("".join(blocks[i : i + size]) for i in range(0, len(blocks), size))
-        pattern += f"/{blocks[-1]}" * (args.mtp_num_layers or 0)
-        args.hybrid_layer_pattern = pattern
-        args.moa_num_blocks = args.num_layers
+        extra = [blocks[-1]] * (args.mtp_num_layers or 0)
         # Megatron counts the layers of the pattern, two a block.
         args.num_layers = None
     else:
-        args.moa_num_blocks = args.hybrid_layer_pattern.split("/")[0].count("*")
+        main, *extra = args.hybrid_layer_pattern.split("/")
+        blocks = [main] if "|" in main else re.findall(r"^[^*]+|\*[^*]*", main)
+    args.moa_num_blocks = sum(block.count("*") for block in blocks)
+    size = args.num_layers_per_virtual_pipeline_stage or len(blocks)
+    if args.num_virtual_stages_per_pipeline_rank is not None:
+        stages = args.num_virtual_stages_per_pipeline_rank * args.pipeline_model_parallel_size
+        size = max(1, len(blocks) // stages)
+    main = "|".join("".join(blocks[i : i + size]) for i in range(0, len(blocks), size))
+    args.hybrid_layer_pattern = "/".join([main, *extra])
     args.num_layers_per_virtual_pipeline_stage = None
     args.num_virtual_stages_per_pipeline_rank = None
 
@@ -171,17 +179,29 @@ def moe_blocks(args: argparse.Namespace) -> list[bool]:
 
 
 def _choose_modules(args: argparse.Namespace, given: set[str]) -> None:
-    """Transformer Engine is Megatron's default; without it the local modules serve."""
-    if args.transformer_impl != "transformer_engine" or "transformer_impl" in given:
+    """Transformer Engine is Megatron's default; without it the local modules serve, unfused.
+
+    Megatron turns these fusions on whether or not the extension that holds them is installed.
+    """
+    have_te = _importable("transformer_engine")
+    if args.transformer_impl == "transformer_engine" and "transformer_impl" not in given:
+        args.transformer_impl = "transformer_engine" if have_te else "local"
+    if args.transformer_impl != "local":
         return
-    if sys.modules.get("transformer_engine", ...) is None or not _importable("transformer_engine"):
-        args.transformer_impl = "local"
+    for name, off, extension in (
+        ("gradient_accumulation_fusion", False, "fused_weight_gradient_mlp_cuda"),
+        ("masked_softmax_fusion", False, "scaled_upper_triang_masked_softmax_cuda"),
+        ("apply_rope_fusion", False, "transformer_engine"),
+        ("no_persist_layer_norm", True, "apex.normalization"),
+    ):
+        if name not in given and not _importable(extension):
+            setattr(args, name, off)
 
 
 def _importable(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ValueError:
+    except (ImportError, ValueError):  # a missing parent, or host mode hides it
         return False
 
 
@@ -239,15 +259,14 @@ def architecture_differences(args: argparse.Namespace, saved: Any) -> list[str]:
         "swiglu",
         "normalization",
         "untie_embeddings_and_output_weights",
-        "padded_vocab_size",
+        "vocab_size",
     ]
     if saved_mixing(saved) != "fixed" or args.moa_mixing != "fixed":
         names += ["moa_" + name for name in _MOA_SHAPE]
-    normal: dict[str, Callable[[Any], Any]] = {}
     found = []
     for name in names:
         old, new = getattr(saved, name, None), getattr(args, name, None)
-        if _plain(normal.get(name, _plain)(old)) != _plain(new):
+        if _plain(old) != _plain(new):
             found.append(f"{name}: checkpoint {old}, this run {new}")
     old_pattern, new_pattern = _pattern(saved), _pattern(args)
     if old_pattern != new_pattern and None not in (old_pattern, new_pattern):

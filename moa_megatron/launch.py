@@ -159,6 +159,10 @@ def prepare(command: CommandLine, extra_flags: list[str]) -> Run:
         validate_args(args, {})
     except (AssertionError, ValueError, RuntimeError) as error:
         raise RefusedError(f"Megatron refuses these arguments: {error}") from error
+    # Only now are both sides complete: a checkpoint holds what validation has filled in.
+    problems = preflight.checkpoint_problems(args)
+    if problems:
+        raise RefusedError("\n".join(problems))
     return Run(args, moa, command.run_dir, data)
 
 
@@ -189,7 +193,7 @@ def _choose_data(args: argparse.Namespace) -> str:
         named = ["unreadable"]  # preflight says why
     if named or args.moa_corpus != "stdlib":
         return ", ".join(named)
-    found = corpus.stdlib_corpus(args.moa_cache_dir)
+    found = corpus.stdlib_corpus(Path(args.moa_cache_dir))
     args.train_data_path = [str(found.train_prefix)]
     args.valid_data_path = [str(found.valid_prefix)]
     args.split = None

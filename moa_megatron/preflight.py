@@ -46,10 +46,7 @@ def check(args: argparse.Namespace, moa: MoAConfig) -> list[str]:
     if moa.mixing != "fixed":
         problems += flag_problems(args)
     problems += schedule_problems(args)
-    problems += data_problems(args)
-    if not problems:
-        problems += checkpoint_problems(args)
-    return problems
+    return problems + data_problems(args)
 
 
 def flag_problems(args: argparse.Namespace) -> list[str]:
@@ -80,7 +77,7 @@ def schedule_problems(args: argparse.Namespace) -> list[str]:
         return []
     return [
         f"--lr-warmup-iters={args.lr_warmup_iters} does not end within {steps} steps; lower it or "
-        "use --lr-warmup-fraction 0.1 with --set lr_warmup_iters=0"
+        "use --lr-warmup-fraction 0.1"
     ]
 
 

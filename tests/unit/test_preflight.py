@@ -58,6 +58,12 @@ def check_pattern_follows_megatron_flags() -> None:
     )
     assert virtual.hybrid_layer_pattern == "*E|*E|*E|*E"
     assert virtual.virtual_pipeline_model_parallel_size == 2
+    own = args_of(
+        *("--hybrid-layer-pattern", "*E*-*E*-/*-", "--num-virtual-stages-per-pipeline-rank", "2"),
+        *("--pipeline-model-parallel-size", "2"),
+        world=2,
+    )
+    assert own.hybrid_layer_pattern == "*E|*-|*E|*-/*-"
     assert args_of("--moa-model", "gpt").hybrid_layer_pattern is None
 
 
@@ -129,8 +135,8 @@ def check_layout_violations_come_together() -> None:
             "--sequence-parallel",
             world=2,
         )
-    with refused("--lr-warmup-iters=300 does not end within 300 steps"):
-        args_of("--set", "lr_warmup_fraction=null", "--lr-warmup-iters", "300")
+    with refused("--lr-warmup-iters=300 does not end within 200 steps"):
+        args_of("--lr-warmup-iters", "300")
 
 
 def check_data_problems() -> None:
