@@ -21,8 +21,18 @@ TEXT
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 case "${1:-}" in
--h | --help) usage; exit 0 ;;
-"") usage >&2; exit 78 ;;
+--[!h]* | -[!-h]*)
+  echo "refused: the recipe comes first, before $1" >&2
+  exit 78
+  ;;
+-h | --help)
+  usage
+  exit 0
+  ;;
+"")
+  usage >&2
+  exit 78
+  ;;
 esac
 
 "$root/launch/setup.sh"
@@ -50,8 +60,17 @@ trap 'rm -f "$exit_file"' EXIT
 launcher=(-m torch.distributed.run --standalone --nproc-per-node "$nproc_wanted")
 [ "${DRY_RUN:-0}" = 0 ] || echo "would run: python ${launcher[*]} ${command[*]}"
 code=0
-"$python" "${launcher[@]}" "${command[@]}" --exit-file "$exit_file" || code=$?
+rm -f "$exit_file"
+"$python" "${launcher[@]}" "${command[@]}" --exit-file "$exit_file" &
+launched=$!
+# A signal goes on to the ranks, which save and stop; bash alone would leave them running.
+trap 'kill -TERM "$launched" 2>/dev/null || true' TERM INT
+wait "$launched" || code=$?
+while kill -0 "$launched" 2>/dev/null; do
+  code=0
+  wait "$launched" || code=$?
+done
 # A refusal leaves torchrun with 0, so that its own report does not bury the message.
-said=$(cat "$exit_file")
+said=$(cat "$exit_file" 2>/dev/null || true)
 if [ "$code" = 0 ] || [ "${said:-0}" != 0 ]; then code=${said:-$code}; fi
 exit "$code"

@@ -15,6 +15,7 @@ import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks, mtp_on_this_rank
 from megatron.core.utils import (
     get_attr_wrapped_model,
@@ -25,6 +26,7 @@ from megatron.training import get_args, get_timers, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
+_SPIKE = 10  # times the largest loss seen so far, as in Megatron's GPT entry
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
@@ -44,7 +46,28 @@ def forward_step(
         output = model.build_schedule_plan(*inputs, **keywords)
     else:
         output = model(*inputs, **keywords)
-    return output, partial(loss_function, batch["loss_mask"])
+    return output, partial(_checked_loss, batch["loss_mask"])
+
+
+def _checked_loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The loss, under the watch of Megatron's rerun machine where the user asked for it."""
+    result = loss_function(loss_mask, output)
+    args, machine = get_args(), get_rerun_state_machine()
+    checks: list[tuple[Any, str, bool]] = []
+    if args.check_for_nan_in_loss_and_grad:
+        checks += [(torch.isnan, "NaN in the loss", True), (torch.isinf, "Inf in the loss", True)]
+    if args.check_for_spiky_loss:
+        spiky = partial(machine.is_unexpectedly_large, threshold=_SPIKE, context="loss")
+        checks.append((spiky, "a spike in the loss", False))
+    for rejection, message, fatal in checks:
+        machine.validate_result(
+            result=result[0],
+            rejection_func=rejection,
+            message=message,
+            tolerance=0.0,
+            fatal=fatal,
+        )
+    return result
 
 
 def loss_function(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -172,6 +195,9 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         context_parallel_size=args.context_parallel_size,
         data_parallel_size=args.data_parallel_size,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
     )
 
 

@@ -72,10 +72,6 @@ class Console(io.TextIOBase):
     def isatty(self) -> bool:
         return self.terminal.isatty()
 
-    def early(self) -> str:
-        """What was held back before there was a file."""
-        return "".join(self._early)
-
     def _readable(self, line: str) -> str:
         elapsed, batch = _ELAPSED.search(line), _BATCH.search(line)
         line = _DROPPED.sub("", line).strip()

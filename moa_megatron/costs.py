@@ -54,6 +54,11 @@ def _blocks(args: argparse.Namespace) -> list[bool]:
     if args.hybrid_layer_pattern is not None:
         main = args.hybrid_layer_pattern.split("/")[0]
         return [kind == "E" for kind in main if kind in "-E"]
+    return moe_blocks(args)
+
+
+def moe_blocks(args: argparse.Namespace) -> list[bool]:
+    """For each transformer block of GPT arguments whether its FFN is a mixture of experts."""
     if args.num_experts is None:
         return [False] * args.num_layers
     if isinstance(args.moe_layer_freq, int):

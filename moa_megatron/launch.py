@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from moa_megatron import (
     arguments,
     batches,
+    checkpoints,
     corpus,
     costs,
     host,
@@ -40,15 +41,15 @@ class Run:
 
     args: argparse.Namespace
     moa: MoAConfig
+    config: Any
     folder: Path
     data: str
 
     def train(self) -> None:
         """Builds and trains; returns after the last step, raises SystemExit on an early stop."""
         set_global_variables(self.args)
-        config = models.model_config(self.args, self.moa)
-        batches.set_model_config(config.transformer)
-        container = pretrain_cfg_container_from_args(self.args, config)
+        batches.set_model_config(self.config.transformer)
+        container = pretrain_cfg_container_from_args(self.args, self.config)
         # A single process needs no launcher, so no rendezvous address either.
         store = HashStore() if self.args.world_size == 1 else None
         try:
@@ -66,33 +67,52 @@ class Run:
                 writer.flush()
 
     def step(self) -> int:
-        """The last step that was trained."""
-        return int(getattr(self.args, "curr_iteration", -1)) + 1
+        """Steps begun in this process and before it: all trained, unless training failed."""
+        begun = int(getattr(self.args, "curr_iteration", -1)) + 1
+        return max(begun, int(getattr(self.args, "iteration", 0)))
+
+    def saved_step(self) -> int | None:
+        """Step of the newest complete checkpoint of this run."""
+        try:
+            return runstate.checkpoint_step(Path(self.args.save)) if self.args.save else None
+        except ValueError:
+            return None
 
     def results(self) -> dict[str, Any]:
-        """What the report and status.json say; draws the curves."""
+        """Facts for status.json: steps, checkpoint, losses."""
         args = self.args
-        facts: dict[str, Any] = {"step": max(self.step(), getattr(args, "iteration", 0))}
-        facts["train_iters"] = args.train_iters
+        facts: dict[str, Any] = {"step": self.step(), "train_iters": args.train_iters}
         if hasattr(args, "moa_corpus_sha256"):
             facts["corpus_sha256"] = args.moa_corpus_sha256
-        with contextlib.suppress(ValueError):
-            saved = runstate.checkpoint_step(Path(args.save)) if args.save else None
-            if saved is not None:
-                facts["checkpoint"] = str(Path(args.save) / f"iter_{saved:07d}")
+        saved = self.saved_step()
+        if saved is not None:
+            facts["checkpoint"] = str(Path(args.save) / f"iter_{saved:07d}")
         if args.tensorboard_dir is None:
             return facts
-        folder = Path(args.tensorboard_dir)
-        facts["tensorboard"] = str(folder)
-        curves = telemetry.read_scalars(folder, (telemetry.TRAIN_LOSS, telemetry.VALID_LOSS))
-        for key, tag in (("loss", telemetry.TRAIN_LOSS), ("validation_loss", telemetry.VALID_LOSS)):
+        facts["tensorboard"] = args.tensorboard_dir
+        tested = bool(getattr(args, "do_test", False))
+        curves = telemetry.read_run(Path(args.tensorboard_dir), tested)
+        for key, tag in (
+            ("loss", telemetry.TRAIN_LOSS),
+            ("validation_loss", telemetry.VALID_LOSS),
+            ("test_loss", telemetry.TEST_LOSS),
+        ):
             if tag in curves:
                 facts[key] = curves[tag].values[-1]
-        if curves:
-            picture = self.folder / "curves.png"
-            telemetry.draw_losses({"": curves}, f"{args.moa_recipe}, {describe(self.moa)}", picture)
-            facts["curves"] = str(picture)
         return facts
+
+    def draw(self) -> Path | None:
+        """The picture of the run's curves, or None where it logged none."""
+        if self.args.tensorboard_dir is None:
+            return None
+        tested = bool(getattr(self.args, "do_test", False))
+        curves = telemetry.read_run(Path(self.args.tensorboard_dir), tested)
+        if not curves:
+            return None
+        picture = self.folder / "curves.png"
+        title = f"{self.args.moa_recipe}, {describe(self.moa)}"
+        telemetry.draw_losses({"": curves}, title, picture)
+        return picture
 
     def summary(self) -> list[str]:
         """The readable start."""
@@ -140,45 +160,40 @@ def describe(moa: MoAConfig) -> str:
 
 
 def prepare(command: CommandLine, extra_flags: list[str]) -> Run:
-    """Arguments, data and checks of a run; creates nothing in its folder.
+    """Arguments, data, model configuration and checks of a run; creates nothing in its folder.
 
     Raises:
         RefusedError: with every violation that was found.
     """
-    saved = _resume_folder(command)
-    if saved is not None:
-        extra_flags = [*extra_flags, "--load", str(saved)]
     args, moa = arguments.parse(command, extra_flags)
-    _place_outputs(args, command.run_dir)
+    if args.tensorboard_dir is None:
+        args.tensorboard_dir = str(command.run_dir / "tensorboard")
     data = _choose_data(args)
     _pad_vocabulary(args)
-    problems = preflight.check(args, moa)
-    if problems:
-        raise RefusedError("\n".join(problems))
+    _refuse(preflight.check(args, moa))
     try:
         validate_args(args, {})
+        config = models.model_config(args, moa)
     except (AssertionError, ValueError, RuntimeError) as error:
-        raise RefusedError(f"Megatron refuses these arguments: {error}") from error
+        raise RefusedError(f"Megatron refuses these arguments: {_reason(error)}") from error
+    except SystemExit as error:
+        raise RefusedError("Megatron refuses these arguments; its reason stands above") from error
     # Only now are both sides complete: a checkpoint holds what validation has filled in.
-    problems = preflight.checkpoint_problems(args)
+    _refuse(checkpoints.problems(args))
+    return Run(args, moa, config, command.run_dir, data)
+
+
+def _refuse(problems: list[str]) -> None:
     if problems:
         raise RefusedError("\n".join(problems))
-    return Run(args, moa, command.run_dir, data)
 
 
-def _resume_folder(command: CommandLine) -> Path | None:
-    checkpoints = command.run_dir / "checkpoints"
-    try:
-        return checkpoints if runstate.checkpoint_step(checkpoints) is not None else None
-    except ValueError as error:
-        raise RefusedError(str(error)) from error
-
-
-def _place_outputs(args: argparse.Namespace, folder: Path) -> None:
-    if args.save is None:
-        args.save = str(folder / "checkpoints")
-    if args.tensorboard_dir is None:
-        args.tensorboard_dir = str(folder / "tensorboard")
+def _reason(error: BaseException) -> str:
+    """The message, or for an assertion without one the condition that failed."""
+    if str(error):
+        return str(error)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.line} ({frame.name})"
 
 
 def _choose_data(args: argparse.Namespace) -> str:
@@ -193,14 +208,18 @@ def _choose_data(args: argparse.Namespace) -> str:
         named = ["unreadable"]  # preflight says why
     if named or args.moa_corpus != "stdlib":
         return ", ".join(named)
+    if args.tokenizer_type is not None or args.tokenizer_model is not None:
+        raise RefusedError(
+            "--moa-corpus stdlib brings its own tokenizer: leave --tokenizer-type and "
+            "--tokenizer-model out, or prepare data with yours (tools/prepare_data.py)"
+        )
     found = corpus.stdlib_corpus(Path(args.moa_cache_dir))
     args.train_data_path = [str(found.train_prefix)]
     args.valid_data_path = [str(found.valid_prefix)]
     args.split = None
-    if args.tokenizer_type is None:
-        args.tokenizer_type = "HuggingFaceTokenizer"
-        args.tokenizer_model = str(found.tokenizer_dir)
-        args.vocab_size = found.vocab_size
+    args.tokenizer_type = "HuggingFaceTokenizer"
+    args.tokenizer_model = str(found.tokenizer_dir)
+    args.vocab_size = max(found.vocab_size, args.vocab_size or 0)
     if args.data_cache_path is None:
         args.data_cache_path = str(found.train_prefix.parent / "index")
     # It varies with the Python patch release, so the run and its checkpoints remember it.

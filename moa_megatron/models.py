@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from megatron.core.pipeline_parallel.utils import (
     is_vp_last_stage,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 from megatron.training.models.gpt import (
     GPTModelBuilder,
@@ -50,7 +52,7 @@ class MoAGPTModelBuilder(GPTModelBuilder):
     ) -> GPTModel:
         """One pipeline stage; as upstream's, with ``with_moa`` on decoder and MTP specs."""
         config: Any = self._model_config
-        spec = config.transformer_layer_spec or default_layer_spec(config, vp_stage)
+        spec = self._layer_spec(vp_stage)
         mtp_spec = mtp_block_spec(config, spec, vp_stage=vp_stage)
         vp_size = config.virtual_pipeline_model_parallel_size
         if pre_process is None:
@@ -80,6 +82,17 @@ class MoAGPTModelBuilder(GPTModelBuilder):
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
+
+    def _layer_spec(self, vp_stage: int | None) -> Any:
+        """The given specification, or what a given function returns, or upstream's default."""
+        config: Any = self._model_config
+        spec = config.transformer_layer_spec
+        if spec is None:
+            return default_layer_spec(config, vp_stage)
+        if isinstance(spec, ModuleSpec) or not callable(spec):
+            return spec
+        staged = "vp_stage" in inspect.signature(spec).parameters
+        return spec(config, vp_stage=vp_stage) if staged else spec(config)
 
 
 def _padded_vocab(config: GPTModelConfig) -> int:

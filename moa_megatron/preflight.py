@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from moa_megatron import token_files
-from moa_megatron.arguments import architecture_differences, read_checkpoint_args
 from moa_megatron.config import MoAConfig
 
 # Upstream arguments that MoA cannot honour: a predicate on their value, and the reason.
@@ -40,16 +37,32 @@ FORBIDDEN: dict[str, str] = {
 }
 
 
+# Upstream arguments that this entry point does not serve, whatever the FFN.
+UNSERVED: dict[str, str] = {
+    "fim_data": "fill-in-the-middle data",
+    "sft": "supervised fine-tuning data",
+    "dataloader_inter_document_masking": "masks between documents",
+    "hybrid_context_parallel": "context parallel sizes that vary by sample",
+    "per_dataset_sequences_path": "sequence counts from a file",
+    "perform_rl_step": "reinforcement learning",
+}
+
+
 def check(args: argparse.Namespace, moa: MoAConfig) -> list[str]:
     """All violations of layout, upstream flags and data that can be seen before building."""
     problems = layout_problems(args)
     if moa.mixing != "fixed":
-        problems += flag_problems(args)
+        problems += flag_problems(args, moa)
+    problems += [
+        f"--{name.replace('_', '-')}: {what} is not served by this entry point; leave it out"
+        for name, what in UNSERVED.items()
+        if getattr(args, name, None)
+    ]
     problems += schedule_problems(args)
     return problems + data_problems(args)
 
 
-def flag_problems(args: argparse.Namespace) -> list[str]:
+def flag_problems(args: argparse.Namespace, moa: MoAConfig) -> list[str]:
     """Upstream flags that contradict MoA (upstream keeps their meaning with mixing=fixed)."""
     problems = []
     for name, reason in FORBIDDEN.items():
@@ -61,6 +74,11 @@ def flag_problems(args: argparse.Namespace) -> list[str]:
         problems.append(
             f"--transformer-impl {args.transformer_impl} cannot go with MoA in this version: gates "
             "need the normalised input, which its fused norm hides; use --transformer-impl local"
+        )
+    if args.moe_latent_size and moa.gate_scope == "layer":
+        problems.append(
+            f"--moe-latent-size={args.moe_latent_size} with --moa-gate-scope layer: routed experts "
+            "see latent vectors, shared experts do not; use --moa-gate-scope expert"
         )
     if args.overlap_moe_expert_parallel_comm:
         problems.append(
@@ -111,8 +129,10 @@ def layout_problems(args: argparse.Namespace) -> list[str]:
         problems.append(
             f"--num-attention-heads={heads} does not divide --hidden-size={args.hidden_size}"
         )
-    divides("the FFN width", _dense_width(args), tp, "--tensor-model-parallel-size")
-    divides("the blocks", _num_blocks(args), pp, "--pipeline-model-parallel-size")
+    for width in _dense_widths(args):
+        divides("the FFN width", width, tp, "--tensor-model-parallel-size")
+    if not _has_own_stages(args):
+        divides("the blocks", _num_blocks(args), pp, "--pipeline-model-parallel-size")
     problems += _virtual_stage_problems(args, pp)
     if cp > 1:
         divides("half the sequence length", args.seq_length // 2, cp, "--context-parallel-size")
@@ -139,26 +159,43 @@ def _virtual_stage_problems(args: argparse.Namespace, pp: int) -> list[str]:
     return []
 
 
-def _dense_width(args: argparse.Namespace) -> int | None:
+def _has_own_stages(args: argparse.Namespace) -> bool:
+    return bool(
+        "|" in (args.hybrid_layer_pattern or "")
+        or args.pipeline_model_parallel_layout
+        or args.decoder_first_pipeline_num_layers
+        or args.decoder_last_pipeline_num_layers
+    )
+
+
+def _dense_widths(args: argparse.Namespace) -> list[int | None]:
+    """Widths of the FFNs that tensor parallelism splits: dense blocks and shared experts."""
+    pattern = args.hybrid_layer_pattern
+    all_moe = "-" not in pattern if pattern else args.moe_layer_freq == 1
     if args.num_experts is None:
-        return args.ffn_hidden_size  # type: ignore[no-any-return]
-    return args.moe_shared_expert_intermediate_size  # type: ignore[no-any-return]
+        return [args.ffn_hidden_size]
+    shared = args.moe_shared_expert_intermediate_size
+    return [shared] if all_moe else [shared, args.ffn_hidden_size]
 
 
 def _batch_problems(args: argparse.Namespace, data_parallel: int) -> list[str]:
     micro = args.micro_batch_size
     if micro is None or micro < 1:
         return [f"--micro-batch-size={micro}: must be at least 1"]
-    step = micro * data_parallel
     problems = []
-    for flag, value in (
-        ("--global-batch-size", args.global_batch_size),
-        ("--eval-global-batch-size", args.eval_global_batch_size),
+    for flag, value, size in (
+        ("--global-batch-size", args.global_batch_size, micro),
+        (
+            "--eval-global-batch-size",
+            args.eval_global_batch_size,
+            args.eval_micro_batch_size or micro,
+        ),
     ):
+        step = size * data_parallel
         if value is not None and value % step:
             nearest = max(step, round(value / step) * step)
             problems.append(
-                f"{flag}={value} is not a multiple of micro batch ({micro}) x data parallel size "
+                f"{flag}={value} is not a multiple of micro batch ({size}) x data parallel size "
                 f"({data_parallel}) = {step}; nearest: {nearest}"
             )
     return problems
@@ -211,16 +248,30 @@ def data_problems(args: argparse.Namespace) -> list[str]:
             "no data: give --data-path PREFIX (or --train-data-path and --valid-data-path) with "
             "--tokenizer-type HuggingFaceTokenizer --tokenizer-model DIR, made by "
             "tools/prepare_data.py, for example from FineWeb-Edu or SlimPajama: "
-            "tools/prepare_data.py shard-*.jsonl --output data/train --train-tokenizer 50304; "
-            "or --mock-data for random tokens, or --moa-corpus stdlib"
+            ".venv/bin/python tools/prepare_data.py shard-*.jsonl --output data/web "
+            "--train-tokenizer 50304 --split-valid 0.01; or --mock-data for random tokens, or "
+            "--moa-corpus stdlib"
         ]
-    problems = []
+    problems = tokenizer_problems(args)
     for prefix in prefixes:
         try:
             token_files.check_prefix(Path(prefix), args.vocab_size or 2**31)
         except ValueError as error:
             problems.append(str(error))
     return problems
+
+
+def tokenizer_problems(args: argparse.Namespace) -> list[str]:
+    """A tokenizer that is not named, or not there."""
+    if args.tokenizer_type is None:
+        return [
+            "--tokenizer-type is missing: give --tokenizer-type HuggingFaceTokenizer and "
+            "--tokenizer-model DIR with the tokenizer that made the data"
+        ]
+    model = args.tokenizer_model
+    if model is not None and not Path(model).exists():
+        return [f"--tokenizer-model {model} does not exist: give a local folder or file"]
+    return []
 
 
 def data_prefixes(args: argparse.Namespace) -> list[str]:
@@ -242,21 +293,3 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def checkpoint_problems(
-    args: argparse.Namespace, read: Callable[..., Any | None] = read_checkpoint_args
-) -> list[str]:
-    """A checkpoint of another architecture, field by field."""
-    if args.load is None:
-        return []
-    saved = read(args)
-    if saved is None:
-        return [f"--load {args.load} holds no checkpoint that can be read"]
-    found = architecture_differences(args, saved)
-    if not found:
-        return []
-    return [
-        f"the checkpoint in {args.load} is another model: " + "; ".join(found) + ". Load it with "
-        "the settings it was trained with (--use-checkpoint-args), or choose another --run-dir"
-    ]

@@ -25,76 +25,103 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one pretraining command; returns its exit code."""
     rank = int(os.environ.get("RANK", "0"))
     exit_file = None
-    out: console.Console | None = None
     try:
         command = recipes.parse_command_line(sys.argv[1:] if argv is None else argv)
         exit_file = command.exit_file
-        recipes.load(command.recipe) if command.recipe else None
-        out = None if command.help_all else console.install(rank)
-        code = _run(command, out)
+        code = _run(command, None if command.help_all else console.install(rank))
     except RefusedError as error:
         code = runstate.REFUSED
         if rank == 0:
             sys.stderr.write(f"refused: {error}\n")
     if exit_file is None:
         return code
-    if rank == 0:
-        exit_file.write_text(str(code))
     clean = code in (runstate.FINISHED, runstate.RETRY, runstate.REFUSED)
+    if rank == 0 or not clean:
+        runstate.first_writer(exit_file, str(code))
+    # torchrun makes 1 of every failure and reports it at length: the file carries the code.
     return runstate.FINISHED if clean else code
 
 
 def _run(command: CommandLine, out: console.Console | None) -> int:
+    if command.recipe:
+        recipes.load(command.recipe)  # a wrong name need not wait for Megatron's import
     host.install()
     from moa_megatron import patches
 
     patches.apply()
     from moa_megatron import launch
 
-    run = launch.prepare(command, host.HOST_ARGS if host.active() else [])
+    try:
+        run = launch.prepare(command, host.HOST_ARGS if host.active() else [])
+    except OSError as error:
+        if not runstate.is_storage_error(error):
+            raise RefusedError(str(error)) from error
+        sys.stderr.write(f"storage: {error}\n")
+        return runstate.STORAGE
     assert out is not None
     for line in run.summary():
         out.say_on_first_rank(line)
-    if command.dry_run:
-        return runstate.FINISHED
-    return _train(run, out)
+    return runstate.FINISHED if command.dry_run else _train(run, out)
 
 
 def _train(run: Any, out: console.Console) -> int:
     args, folder = run.args, run.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    out.open(folder / "logs" / f"rank{args.rank}.log", args.seq_length)
-    first = args.rank == 0
-    if first:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        out.open(folder / "logs" / f"rank{args.rank}.log", args.seq_length)
+    except OSError as error:
+        raise RefusedError(f"--run-dir {folder} cannot be written: {error}") from error
+    if args.rank == 0:
         runstate.write_status(folder, "running", None, recipe=args.moa_recipe)
-    code, problem = runstate.FAILED, None
+    code, problem = runstate.FINISHED, None
     try:
         run.train()
-        code = runstate.FINISHED
     except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else runstate.FINISHED
-        if code == runstate.FINISHED and run.step() < (args.train_iters or 0):
-            code = runstate.RETRY
+        code, problem = _verdict(run, stop)
     except KeyboardInterrupt:
-        problem = "interrupted"
-        code = 130
+        code, problem = 130, "interrupted"
     except BaseException as error:  # torch's CheckpointException is no Exception
         problem = f"{type(error).__name__}: {error}"
         code = runstate.STORAGE if runstate.is_storage_error(error) else runstate.FAILED
         traceback.print_exc()
     healthy = code in (runstate.FINISHED, runstate.RETRY)
-    host.shutdown(barrier=healthy)
-    if first:
+    try:
+        host.shutdown(barrier=healthy)
+    except Exception:  # a peer is gone; what this rank has done stands
+        traceback.print_exc()
+    if args.rank == 0 or not healthy:
         _report(run, out, code, problem)
     return code
 
 
+def _verdict(run: Any, stop: SystemExit) -> tuple[int, str | None]:
+    """Megatron exits with 0, or with no code, both when it stops early and when it cannot load."""
+    if isinstance(stop.code, int) and stop.code != runstate.FINISHED:
+        return stop.code, f"Megatron exited with code {stop.code}"
+    if isinstance(stop.code, str):
+        return runstate.FAILED, stop.code
+    step = run.step()
+    if step and step >= (run.args.train_iters or 0):
+        return runstate.FINISHED, None
+    if step and step == run.saved_step():
+        return runstate.RETRY, None
+    return runstate.FAILED, f"Megatron ended at step {step} without a checkpoint of that step"
+
+
 def _report(run: Any, out: console.Console, code: int, problem: str | None) -> None:
     state = {runstate.FINISHED: "finished", runstate.RETRY: "stopped"}.get(code, "failed")
-    facts = run.results()
-    if problem:
-        facts["error"] = problem
-    runstate.write_status(run.folder, state, code, recipe=run.args.moa_recipe, **facts)
+    facts: dict[str, Any] = {"recipe": run.args.moa_recipe, "step": run.step()}
+    try:
+        facts.update(run.results())
+        if problem:
+            facts.update(error=problem, rank=run.args.rank)
+        runstate.write_status(run.folder, state, code, **facts)
+        picture = run.draw()
+        if picture is not None:
+            facts["curves"] = str(picture)
+            runstate.write_status(run.folder, state, code, **facts)
+    except Exception:  # a full disk must not turn a finished run into a failed one
+        traceback.print_exc()
     minutes = (time.time() - _STARTED) / 60
     out.say()
     out.say(f"{state} at step {facts['step']} of {run.args.train_iters} after {minutes:.1f} min")
@@ -102,6 +129,7 @@ def _report(run: Any, out: console.Console, code: int, problem: str | None) -> N
         out.say(f"  error            {problem}")
     for label, key in (
         ("validation loss", "validation_loss"),
+        ("test loss", "test_loss"),
         ("checkpoint", "checkpoint"),
         ("TensorBoard", "tensorboard"),
         ("curves", "curves"),

@@ -208,12 +208,17 @@ def _convert_one(kind: Any, value: Any) -> Any:
     return kind(str(value)) if callable(kind) else value
 
 
-def given_arguments(parser: argparse.ArgumentParser, flags: Iterable[str]) -> set[str]:
-    """Destinations of the arguments that stand on the command line itself."""
+def given_arguments(
+    parser: argparse.ArgumentParser, flags: Iterable[str], settings: Iterable[str] = ()
+) -> set[str]:
+    """Destinations of what the user has set, by flags or by ``--set``."""
+    by_name = _actions_by_name(parser)
+    by_setting = {by_name[key.replace("-", "_")].dest for key in settings}
     by_flag = {
         option: action.dest for action in parser._actions for option in action.option_strings
     }
-    return {by_flag[flag.split("=")[0]] for flag in flags if flag.split("=")[0] in by_flag}
+    names = (flag.split("=")[0] for flag in flags)
+    return by_setting | {by_flag[name] for name in names if name in by_flag}
 
 
 def refuse_on_error(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -15,6 +16,8 @@ from typing import Any
 
 FINISHED, FAILED, STORAGE, RETRY, REFUSED = 0, 1, 74, 75, 78
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
+# Where an error has lost its number on the way: errors that crossed a process, torch's writer.
+_STORAGE_MESSAGES = ("No space left on device", "Disk quota exceeded", "Read-only file system")
 _TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -72,5 +75,17 @@ def is_storage_error(error: BaseException) -> bool:
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in _STORAGE_ERRORS:
             return True
+        # torch's CheckpointException keeps each rank's failure as (exception, traceback).
+        for failure in getattr(seen, "failures", {}).values():
+            if is_storage_error(failure[0]):
+                return True
+        if any(text in str(seen) for text in _STORAGE_MESSAGES):
+            return True
         seen = seen.__cause__ or seen.__context__
     return False
+
+
+def first_writer(path: Path, text: str) -> None:
+    """Writes ``path`` unless another rank has: of several failures the first one counts."""
+    with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
+        file.write(text)

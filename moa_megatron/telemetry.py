@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 TRAIN_LOSS, VALID_LOSS = "lm loss", "lm loss validation"
+TEST_LOSS = "lm loss test"  # ours: Megatron logs the test set under the tag of validation
 
 
 @dataclass
@@ -16,20 +17,51 @@ class Curve:
     values: list[float] = field(default_factory=list)
 
 
+def read_run(folder: Path, tested: bool) -> dict[str, Curve]:
+    """Training, validation and test loss of a run.
+
+    Args:
+        folder: of TensorBoard.
+        tested: whether a test set was evaluated: Megatron then writes it last, as validation.
+    """
+    points = _read(folder, (TRAIN_LOSS, VALID_LOSS))
+    curves = {tag: _curve(steps) for tag, steps in points.items()}
+    validation = points.get(VALID_LOSS)
+    if tested and validation:
+        last = max(validation)
+        *others, test = validation[last]
+        curves[TEST_LOSS] = Curve([last], [test])
+        kept = {**validation, last: others} if others else dict(validation)
+        if not others:
+            del kept[last]
+        curves[VALID_LOSS] = _curve(kept)
+        if not curves[VALID_LOSS].steps:
+            del curves[VALID_LOSS]
+    return curves
+
+
 def read_scalars(folder: Path, tags: tuple[str, ...]) -> dict[str, Curve]:
     """The scalars ``tags`` of a TensorBoard folder; absent ones are left out."""
+    return {tag: _curve(steps) for tag, steps in _read(folder, tags).items()}
+
+
+def _curve(points: dict[int, list[float]]) -> Curve:
+    steps = sorted(points)
+    return Curve(steps, [points[step][-1] for step in steps])
+
+
+def _read(folder: Path, tags: tuple[str, ...]) -> dict[str, dict[int, list[float]]]:
+    """All values by tag and step, in the order they were written."""
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-    points: dict[str, dict[int, float]] = {}
+    points: dict[str, dict[int, list[float]]] = {}
     for path in sorted(folder.glob("events.out.tfevents.*")):
         for event in LegacyEventFileLoader(str(path)).Load():
             for value in event.summary.value:
                 if value.tag in tags:
-                    points.setdefault(value.tag, {})[event.step] = value.simple_value
-    return {
-        tag: Curve(sorted(steps), [steps[step] for step in sorted(steps)])
-        for tag, steps in points.items()
-    }
+                    steps = points.setdefault(value.tag, {})
+                    steps.setdefault(event.step, []).append(value.simple_value)
+    return points
 
 
 def draw_losses(

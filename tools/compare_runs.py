@@ -34,6 +34,14 @@ VARIANTS: dict[str, list[str]] = {
 }
 
 
+class RunFailed(Exception):
+    """A run that did not finish, with its exit code."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 @dataclass(frozen=True)
 class Result:
     """One finished run."""
@@ -60,6 +68,9 @@ def main() -> int:
         return REFUSED
     try:
         results = _trained(options) if options.train else [_read(path) for path in options.runs]
+    except RunFailed as error:
+        sys.stderr.write(f"run failed with exit code {error.code}: {error}\n")
+        return error.code
     except ValueError as error:
         sys.stderr.write(f"refused: {error}\n")
         return REFUSED
@@ -81,17 +92,27 @@ def _trained(options: argparse.Namespace) -> list[Result]:
     results = []
     jobs = [(name, seed) for seed in options.seeds for name in VARIANTS]
     for number, (name, seed) in enumerate(jobs, start=1):
-        folder = options.out / f"{name.lower().replace(' ', '-')}-seed{seed}"
-        status = read_status(folder)
+        folder = options.out / f"{options.train}-{name.lower().replace(' ', '-')}-seed{seed}"
+        flags = [*VARIANTS[name], "--seed", str(seed), *options.flags.split()]
+        status = _resumable(folder, [options.train, *flags])
         if status is None or status["state"] != "finished":
             print(f"[{number}/{len(jobs)}] {name}, seed {seed}", flush=True)
-            flags = [*VARIANTS[name], "--seed", str(seed), *options.flags.split()]
             command = [str(launcher), options.train, "--run-dir", str(folder), *flags]
             code = subprocess.run(command).returncode
             if code:
-                raise ValueError(f"{name}, seed {seed} ended with exit code {code}; see {folder}")
+                raise RunFailed(code, f"{name}, seed {seed}: see {folder}")
         results.append(_read(folder, name, seed))
     return results
+
+
+def _resumable(folder: Path, words: list[str]) -> dict[str, Any] | None:
+    """Status of an earlier run of the same command; another command's run is refused."""
+    record = folder / "command.json"
+    if record.exists() and json.loads(record.read_text()) != words:
+        raise ValueError(f"{folder} holds a run of other settings; choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(words))
+    return read_status(folder)
 
 
 def _read(folder: Path, variant: str | None = None, seed: int = 0) -> Result:

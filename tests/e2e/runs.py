@@ -43,15 +43,25 @@ def pretrain(folder: Path, *words: str) -> Outcome:
     return _run(command, folder, environment())
 
 
-def local(folder: Path, *words: str, **extra: str) -> Outcome:
-    """`./launch/local.sh`, the command of the README."""
+def local(folder: Path, *words: str, stop_after: str | None = None, **extra: str) -> Outcome:
+    """`./launch/local.sh`, the command of the README; SIGTERM once `stop_after` is printed."""
     command = [str(ROOT / "launch" / "local.sh"), *words, "--run-dir", str(folder)]
-    return _run(command, folder, environment(**extra))
+    return _run(command, folder, environment(**extra), stop_after)
 
 
-def _run(command: list[str], folder: Path, env: dict[str, str]) -> Outcome:
-    done = subprocess.run(
+def _run(
+    command: list[str], folder: Path, env: dict[str, str], stop_after: str | None = None
+) -> Outcome:
+    process = subprocess.Popen(
         command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    print(done.stdout)
-    return Outcome(done.returncode, done.stdout, folder)
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if stop_after is not None and stop_after in line:
+            process.terminate()
+            stop_after = None
+    output = "".join(lines)
+    print(output)
+    return Outcome(process.wait(), output, folder)

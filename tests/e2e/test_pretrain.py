@@ -58,6 +58,37 @@ def test_stop_and_resume_equals_the_run_that_never_stopped(
     assert resumed.status["validation_loss"] == finished.status["validation_loss"]
 
 
+def test_repeating_the_command_does_not_start_again(finished: Outcome, tmp_path: Path) -> None:
+    words = ["tiny-moe", *SMALL_MOE, "--load", str(finished.folder / "checkpoints"), "--finetune"]
+    folder = tmp_path / "tuned"
+    assert pretrain(folder, *words, "--exit-interval", "3").code == 75
+    again = pretrain(folder, *words)
+    assert again.code == 0 and again.status["step"] == 6
+    assert "--finetune, --load only starts a run" in again.output
+
+
+def test_termination_saves_and_asks_for_a_retry(tmp_path: Path) -> None:
+    words = ["tiny-moe", *SMALL_MOE, "--train-iters", "2000", "--expert-model-parallel-size", "2"]
+    stopped = local(tmp_path / "run", *words, stop_after="iteration        2/", NPROC="2")
+    assert stopped.code == 75 and stopped.status["state"] == "stopped"
+    assert Path(stopped.status["checkpoint"]).name == f"iter_{stopped.status['step']:07d}"
+
+
+def test_a_failing_rank_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ["tiny-moe", *SMALL_MOE, "--train-iters", "4", "--expert-model-parallel-size", "2"]
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "iter_0000003").write_text("a file where a folder must go")
+    failed = local(folder, *words, "--load", "/nowhere", NPROC="2")
+    assert failed.code == 78 and "its save did not complete" in failed.output
+    (folder / "checkpoints" / "iter_0000003").unlink()
+    (folder / "tensorboard").write_text("a file where a folder must go")
+    failed = local(folder, *words, NPROC="2")
+    assert failed.code == 1 and failed.status["state"] == "failed"
+    assert failed.status["rank"] == 1, "TensorBoard is written by the last rank"
+    assert "FileExistsError" in failed.status["error"] or "exists" in failed.status["error"]
+
+
 def test_checkpoint_of_another_architecture(finished: Outcome, tmp_path: Path) -> None:
     checkpoints = str(finished.folder / "checkpoints")
     refused = pretrain(
@@ -65,6 +96,7 @@ def test_checkpoint_of_another_architecture(finished: Outcome, tmp_path: Path) -
     )
     assert refused.code == 78 and not (tmp_path / "other").exists()
     assert "moa_variant: checkpoint bi, this run qd" in refused.output
+    assert "dictionary: checkpoint ['gelu'" in refused.output
     assert "Traceback" not in refused.output
 
 

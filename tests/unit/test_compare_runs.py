@@ -43,6 +43,17 @@ def test_newer_values_win_after_a_resume(tmp_path: Path) -> None:
     assert telemetry.read_scalars(tmp_path / "tensorboard", ("absent",)) == {}
 
 
+def test_the_test_set_is_told_from_validation(tmp_path: Path) -> None:
+    writer = SummaryWriter(str(tmp_path))
+    for step, loss in ((2, 3.0), (4, 2.0), (4, 2.1), (4, 9.0)):  # in the loop, at the end, test
+        writer.add_scalar(telemetry.VALID_LOSS, loss, step)
+    writer.close()
+    curves = telemetry.read_run(tmp_path, tested=True)
+    assert curves[telemetry.VALID_LOSS].values == pytest.approx([3.0, 2.1])
+    assert curves[telemetry.TEST_LOSS].values == [9.0]
+    assert telemetry.TEST_LOSS not in telemetry.read_run(tmp_path, tested=False)
+
+
 def test_differences_are_paired_by_seed(tool: ModuleType, tmp_path: Path) -> None:
     rows = [("base", 1, 3.0), ("base", 2, 4.0), ("bi", 1, 2.9), ("bi", 2, 3.7)]
     results = [tool.Result(name, seed, loss, tmp_path) for name, seed, loss in rows]

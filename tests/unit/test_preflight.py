@@ -73,12 +73,15 @@ def check_type1_is_ungated_and_wider() -> None:
     assert args.moe_shared_expert_intermediate_size == 516
     kept = args_of("--moa-variant", "type1", "--moe-ffn-hidden-size", "100")
     assert kept.moe_ffn_hidden_size == 100
-    assert args_of("--moa-mixing", "fixed", "--moa-variant", "type1").swiglu
+    widened = args_of("--moa-variant", "type1", "--set", "swiglu=false")
+    assert widened.moe_ffn_hidden_size == 126, "saying it twice must not change the model"
 
 
 def check_fixed_keeps_megatron_flags() -> None:
     args = args_of("--moa-mixing", "fixed", "--set", "swiglu=false", "--squared-relu")
     assert args.squared_relu and not args.swiglu
+    with refused("--moa-variant with --moa-mixing fixed", "--set swiglu=false"):
+        args_of("--moa-mixing", "fixed", "--moa-variant", "type1")
 
 
 def check_settings_of_the_method() -> None:
@@ -105,8 +108,14 @@ def check_upstream_flags_that_moa_cannot_honour() -> None:
         args_of("--decoupled-lr", "1e-3")
     with refused("--transformer-impl transformer_engine", "use --transformer-impl local"):
         args_of("--transformer-impl", "transformer_engine")
+    with refused("--moe-latent-size=8 with --moa-gate-scope layer", "use --moa-gate-scope expert"):
+        args_of("--moe-latent-size", "8")
+    with refused("--sft: supervised fine-tuning data is not served"):
+        args_of("--sft", "--moa-mixing", "fixed")
+    with refused("Megatron refuses these arguments", "nonsense"):
+        args_of("--recompute-granularity", "selective", "--recompute-modules", "nonsense")
     known = vars(args_of())
-    absent = [name for name in preflight.FORBIDDEN if name not in known]
+    absent = [n for n in (*preflight.FORBIDDEN, *preflight.UNSERVED) if n not in known]
     # The flag exists where the kitchen library is installed; any other absence is a typing error.
     assert set(absent) <= {"use_kitchen"}, absent
 
@@ -127,6 +136,24 @@ def check_layout_violations_come_together() -> None:
         )
     with refused("--global-batch-size=6 is not a multiple", "nearest: 8"):
         args_of("--global-batch-size", "6")
+    legal = ("--eval-micro-batch-size", "4", "--eval-global-batch-size", "4")
+    assert args_of(*legal).eval_micro_batch_size == 4
+    for words, message in (
+        (("--num-virtual-stages-per-pipeline-rank", "3"), "does not cut 4 blocks"),
+        (("--hybrid-layer-pattern", "*E|*E|*E|*E"), "the layer pattern has its own stages"),
+    ):
+        stages = ("--num-layers-per-virtual-pipeline-stage", "1")
+        with refused(message):
+            args_of(
+                *words,
+                *(stages if "pattern" in words[0] else ()),
+                *("--pipeline-model-parallel-size", "2"),
+                world=2,
+            )
+    uneven = args_of(
+        "--hybrid-layer-pattern", "*E*E*E|*E", "--pipeline-model-parallel-size", "2", world=2
+    )
+    assert uneven.moa_num_blocks == 4
     with refused("--moe-router-topk=9 exceeds --num-experts=8"):
         args_of("--moe-router-topk", "9")
     with refused("does not divide the experts' width (85)"):
@@ -137,6 +164,18 @@ def check_layout_violations_come_together() -> None:
         )
     with refused("--lr-warmup-iters=300 does not end within 200 steps"):
         args_of("--lr-warmup-iters", "300")
+
+
+def check_tokenizer_problems() -> None:
+    with refused("--tokenizer-type is missing"):
+        prepare("--data-path", "/nowhere/x", "--vocab-size", "64")
+    with refused("--tokenizer-model /nope does not exist"):
+        prepare(
+            *("--data-path", "/nowhere/x", "--tokenizer-type", "HuggingFaceTokenizer"),
+            *("--tokenizer-model", "/nope"),
+        )
+    with refused("brings its own tokenizer"):
+        prepare("--tokenizer-type", "NullTokenizer", "--vocab-size", "64")
 
 
 def check_data_problems() -> None:

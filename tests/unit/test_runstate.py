@@ -4,6 +4,7 @@ import errno
 from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint.api import CheckpointException
 
 from moa_megatron import runstate
 
@@ -38,6 +39,12 @@ def test_step_of_a_run_folder(tmp_path: Path) -> None:
         runstate.checkpoint_step(tmp_path)
 
 
+def test_the_first_failure_counts(tmp_path: Path) -> None:
+    for code in ("74", "1"):
+        runstate.first_writer(tmp_path / "code", code)
+    assert (tmp_path / "code").read_text() == "74"
+
+
 def test_storage_errors_are_found_behind_others() -> None:
     try:
         try:
@@ -46,5 +53,8 @@ def test_storage_errors_are_found_behind_others() -> None:
             raise RuntimeError("writer failed") from full
     except RuntimeError as error:
         assert runstate.is_storage_error(error)
+    gathered = CheckpointException("write", {1: (OSError(errno.ENOSPC, "full"), None)})
+    assert runstate.is_storage_error(gathered)
+    assert runstate.is_storage_error(RuntimeError("[Errno 28] No space left on device"))
     assert not runstate.is_storage_error(OSError(errno.ENOENT, "no such file"))
     assert not runstate.is_storage_error(ValueError("x"))

@@ -1,0 +1,179 @@
+"""Checkpoints as arguments: continuing a run folder, restoring settings, telling models apart."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+from moa_megatron import runstate
+from moa_megatron.config import MoAConfig, moa_config_from_args
+from moa_megatron.recipes import RefusedError
+
+logger = logging.getLogger(__name__)
+
+# Shape arguments which Megatron takes from a checkpoint only where they are still unset; a recipe's
+# values must not stand in the way of --use-checkpoint-args.
+_TAKEN_IF_UNSET = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "seq_length",
+    "num_attention_heads",
+    "kv_channels",
+    "max_position_embeddings",
+    "padded_vocab_size",
+)
+# Fields of MoAConfig that say which function a model computes, and so what its weights mean.
+_OF_THE_MODEL = ("mixing", "variant", "gate", "dictionary", "gate_scope", "leaky_slope")
+_SHAPE = (
+    "moa_model",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "ffn_hidden_size",
+    "num_experts",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "mtp_num_layers",
+    "swiglu",
+    "normalization",
+    "add_bias_linear",
+    "position_embedding_type",
+    "untie_embeddings_and_output_weights",
+    "vocab_size",
+)
+# How a first start may differ from a continued one.
+_OF_A_FIRST_START = ("finetune", "no_load_optim", "no_load_rng", "ckpt_step")
+
+
+def continue_run(args: argparse.Namespace, given: set[str], folder: Path) -> None:
+    """Where the run saves, and that it loads from there once it has saved.
+
+    ``--load`` and ``--finetune`` say how a run starts for the first time: repeating the command
+    must not start it again over its own checkpoints.
+
+    Raises:
+        RefusedError: where the folder holds checkpoints without a readable step.
+    """
+    if args.save is None and "save" not in given:
+        args.save = str(folder / "checkpoints")
+    if args.save is None:
+        return
+    try:
+        step = runstate.checkpoint_step(Path(args.save))
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
+    if step is None:
+        return
+    overruled = [name for name in _OF_A_FIRST_START if getattr(args, name)]
+    if args.load not in (None, args.save):
+        overruled.append("load")
+    if overruled:
+        flags = ", ".join("--" + name.replace("_", "-") for name in overruled)
+        logger.info("continuing at step %d of %s: %s only starts a run", step, args.save, flags)
+    args.load, args.ckpt_step = args.save, None
+    args.finetune = args.no_load_optim = args.no_load_rng = False
+
+
+def restore(args: argparse.Namespace, given: set[str]) -> None:
+    """``--use-checkpoint-args``: shapes and MoA settings come back from the checkpoint.
+
+    Raises:
+        RefusedError: where a flag on the command line contradicts the checkpoint.
+    """
+    asked = {name: getattr(args, name) for name in _SHAPE if name in given}
+    for name in _TAKEN_IF_UNSET:
+        if name not in given:
+            setattr(args, name, None)
+    saved = read_args(args, apply=True)
+    if saved is None:
+        raise RefusedError(f"--use-checkpoint-args: no checkpoint to read in --load {args.load}")
+    differences = [
+        f"{name}: checkpoint {getattr(saved, name)!r}, command line {value!r}"
+        for name, value in asked.items()
+        if getattr(saved, name, value) != value
+    ]
+    for field in dataclasses.fields(MoAConfig):
+        name = "moa_" + field.name
+        if not hasattr(saved, name):
+            continue
+        old, new = getattr(saved, name), getattr(args, name)
+        if name not in given:
+            setattr(args, name, old)
+        elif field.name in _OF_THE_MODEL and _plain(new) != _plain(old):
+            differences.append(f"{name}: checkpoint {old!r}, command line {new!r}")
+    if differences:
+        raise RefusedError("flags contradict the checkpoint: " + "; ".join(differences))
+    for name in ("moa_model", "vocab_size"):
+        if name not in given and hasattr(saved, name):
+            setattr(args, name, getattr(saved, name))
+    if args.hybrid_layer_pattern is not None:
+        # Bars belong to the pipeline layout of the run that saved it, not to the model.
+        args.hybrid_layer_pattern = args.hybrid_layer_pattern.replace("|", "")
+
+
+def read_args(args: argparse.Namespace, apply: bool = False) -> Any | None:
+    """The namespace stored in the checkpoint at ``args.load``, or None where there is none."""
+    from megatron.training.checkpointing import load_args_from_checkpoint
+
+    if args.load is None:
+        return None
+    result = load_args_from_checkpoint(args if apply else copy.copy(args))
+    return result[1] if isinstance(result, tuple) else None
+
+
+def problems(args: argparse.Namespace) -> list[str]:
+    """A checkpoint of another architecture, field by field; after Megatron's validation."""
+    if args.load is None:
+        return []
+    saved = read_args(args)
+    if saved is None:
+        return [f"--load {args.load} holds no checkpoint that can be read"]
+    found = differences(args, saved)
+    if not found:
+        return []
+    return [
+        f"the checkpoint in {args.load} is another model: " + "; ".join(found) + ". Load it with "
+        "the settings it was trained with (--use-checkpoint-args), or choose another --run-dir"
+    ]
+
+
+def differences(args: argparse.Namespace, saved: Any) -> list[str]:
+    """Fields in which a checkpoint describes another model than ``args``, old value first."""
+    pairs = [(name, getattr(saved, name, None), getattr(args, name, None)) for name in _SHAPE]
+    if not hasattr(saved, "moa_model"):  # a checkpoint of plain Megatron
+        pairs = pairs[1:]
+    old_layers, new_layers = _layers(saved), _layers(args)
+    pairs.append(("layers", old_layers, new_layers))
+    if hasattr(saved, "moa_mixing"):
+        old, new = moa_config_from_args(saved), moa_config_from_args(args)
+    else:
+        old, new = MoAConfig(mixing="fixed"), moa_config_from_args(args)
+    if old.mixing != new.mixing:
+        pairs.append(("moa_mixing", old.mixing, new.mixing))
+    elif old.mixing != "fixed":
+        pairs += [("moa_variant", old.variant, new.variant), ("dictionary", old.names, new.names)]
+        pairs += [("moa_gate", old.gate, new.gate)] if old.mixing == "moa" else []
+        pairs += [("moa_gate_scope", old.gate_scope, new.gate_scope)] if args.num_experts else []
+        pairs.append(("moa_leaky_slope", old.leaky_slope, new.leaky_slope))
+    return [
+        f"{name}: checkpoint {_plain(old)}, this run {_plain(new)}"
+        for name, old, new in pairs
+        if _plain(old) != _plain(new)
+    ]
+
+
+def _layers(args: Any) -> Any:
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    if pattern:
+        return pattern.replace("|", "")
+    return (args.num_layers, _plain(getattr(args, "moe_layer_freq", None)))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

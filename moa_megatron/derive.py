@@ -1,0 +1,118 @@
+"""What follows from the arguments: FFN widths of Type-I, HybridModel's layer pattern, modules."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+
+from moa_megatron.config import MoAConfig
+from moa_megatron.costs import moe_blocks
+from moa_megatron.recipes import RefusedError
+
+
+def ffn(args: argparse.Namespace, moa: MoAConfig, given: set[str], gated_recipe: bool) -> None:
+    """Type-I has two matrices where Type-II has three: 4d, and 1.5x the widths of experts.
+
+    Args:
+        args: changed in place.
+        moa: settings of the method.
+        given: arguments that the user has set; they stay.
+        gated_recipe: whether the recipe's widths are meant for Type-II.
+
+    Raises:
+        RefusedError: where swiglu was asked for or turned off against the variant.
+    """
+    if moa.mixing == "fixed":
+        return
+    if moa.gated != bool(args.swiglu) and "swiglu" in given:
+        raise RefusedError(
+            f"--moa-variant {moa.variant} needs {'--swiglu' if moa.gated else 'an ungated FFN'}, "
+            f"but swiglu={bool(args.swiglu)} was asked for; leave swiglu to the variant"
+        )
+    args.swiglu = moa.gated
+    if moa.gated or not gated_recipe or args.use_checkpoint_args:
+        return
+    if "ffn_hidden_size" not in given:
+        args.ffn_hidden_size = 4 * args.hidden_size
+    for name in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"):
+        if getattr(args, name) is not None and name not in given:
+            setattr(args, name, int(1.5 * getattr(args, name)))
+
+
+def pattern(args: argparse.Namespace) -> None:
+    """HybridModel's layer pattern from Megatron's GPT arguments; bars are virtual stages.
+
+    A block of GPTModel is two layers of HybridModel: attention ``*``, then ``-`` (dense) or ``E``.
+
+    Raises:
+        RefusedError: where virtual stages do not divide the blocks, or a pattern has its own.
+    """
+    if args.moa_model == "gpt":
+        args.hybrid_layer_pattern = None
+        return
+    if args.hybrid_layer_pattern is None:
+        if args.num_layers is None:
+            raise RefusedError("num_layers is missing: give --num-layers or --hybrid-layer-pattern")
+        blocks = ["*E" if moe else "*-" for moe in moe_blocks(args)]
+        extra = [blocks[-1]] * (args.mtp_num_layers or 0)
+        # Megatron counts the layers of the pattern, two a block.
+        args.num_layers = None
+    else:
+        main, *extra = args.hybrid_layer_pattern.split("/")
+        blocks = [main] if "|" in main else re.findall(r"^[^*]+|\*[^*]*", main)
+    args.moa_num_blocks = sum(block.count("*") for block in blocks)
+    size = _blocks_per_stage(args, blocks)
+    main = "|".join("".join(blocks[i : i + size]) for i in range(0, len(blocks), size))
+    args.hybrid_layer_pattern = "/".join([main, *extra])
+    args.num_layers_per_virtual_pipeline_stage = None
+    args.num_virtual_stages_per_pipeline_rank = None
+
+
+def _blocks_per_stage(args: argparse.Namespace, blocks: list[str]) -> int:
+    size = args.num_layers_per_virtual_pipeline_stage
+    per_rank = args.num_virtual_stages_per_pipeline_rank
+    if size is None and per_rank is None:
+        return len(blocks)
+    flag = "--num-layers-per-virtual-pipeline-stage"
+    value = size
+    if size is None:
+        flag, value = "--num-virtual-stages-per-pipeline-rank", per_rank
+        stages = per_rank * args.pipeline_model_parallel_size
+        size = len(blocks) // stages if len(blocks) % stages == 0 else 0
+    if "|" in blocks[0]:
+        raise RefusedError(f"{flag}={value}: the layer pattern has its own stages; leave one out")
+    if args.pipeline_model_parallel_size == 1:
+        raise RefusedError(f"{flag}={value} needs --pipeline-model-parallel-size 2 or more")
+    if not size or len(blocks) % size:
+        raise RefusedError(
+            f"{flag}={value} does not cut {len(blocks)} blocks into equal stages for "
+            f"--pipeline-model-parallel-size={args.pipeline_model_parallel_size}"
+        )
+    return int(size)
+
+
+def modules(args: argparse.Namespace, given: set[str]) -> None:
+    """Megatron's local modules, without the fusions whose extensions are not installed.
+
+    Upstream's default is Transformer Engine, and its fusions are on whether or not they exist here.
+    """
+    if "transformer_impl" not in given:
+        args.transformer_impl = "local"
+    if args.transformer_impl != "local":
+        return
+    for name, off, extension in (
+        ("gradient_accumulation_fusion", False, "fused_weight_gradient_mlp_cuda"),
+        ("masked_softmax_fusion", False, "scaled_upper_triang_masked_softmax_cuda"),
+        ("apply_rope_fusion", False, "transformer_engine"),
+        ("no_persist_layer_norm", True, "apex.normalization"),
+    ):
+        if name not in given and not _importable(extension):
+            setattr(args, name, off)
+
+
+def _importable(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # a missing parent, or host mode hides it
+        return False
