@@ -124,7 +124,9 @@ def _chunk(model: Model, layout: Layout, config: TransformerConfig, stage: int) 
     if config.mtp_num_layers is not None:
         mtp = get_gpt_mtp_block_spec(config, block, use_transformer_engine=False, vp_stage=vp_stage)
         common["mtp_block_spec"] = None if mtp is None else with_moa(mtp, model.moa)
-    return GPTModel(config, with_moa(block, model.moa), **common)
+    # A stage may have no decoder layer, where a layout gives the loss one of its own.
+    spec = with_moa(block, model.moa) if block.layer_specs else block
+    return GPTModel(config, spec, **common)
 
 
 def build(model: Model, layout: Layout) -> list[DistributedDataParallel]:

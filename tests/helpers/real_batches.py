@@ -75,6 +75,7 @@ def _globals(layout: Layout, **changes: Any) -> Iterator[None]:
         "context_parallel_size": layout.cp,
         "pipeline_model_parallel_size": layout.pp,
         "data_parallel_size": layout.data,
+        "untie_embeddings_and_output_weights": True,
         "train_iters": 1,
         "eval_iters": 1,
         "eval_interval": 2,
@@ -186,9 +187,9 @@ def _origins(dataset: Any) -> tuple[int, int] | None:
     return low, high
 
 
-def embedding_ranks(model: Model, layout: Layout, pp_ranks: list[int]) -> list[int]:
-    """Pipeline ranks that exchange gradients of embeddings."""
-    with _globals(layout):
+def embedding_ranks(model: Model, layout: Layout, pp_ranks: list[int], tied: bool) -> list[int]:
+    """Ranks of a pipeline that keep copies of the word embeddings equal."""
+    with _globals(layout, untie_embeddings_and_output_weights=not tied):
         batches.set_model_config(models.transformer_config(model, layout))
         return batches.embedding_ranks(pp_ranks)
 
