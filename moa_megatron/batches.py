@@ -202,6 +202,11 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
 
 
 def embedding_ranks(pp_ranks: list[int]) -> list[int]:
-    """Pipeline ranks that hold word embeddings: first, last, and those with MTP layers."""
-    ranks = [pp_ranks[0], pp_ranks[-1], *get_mtp_ranks(pp_ranks, _model_config())]
-    return sorted(set(ranks))
+    """Pipeline ranks with a copy of the word embeddings: first, MTP, and a tied output layer.
+
+    A rank too many is no harmless one: Megatron sums embedding gradients over this group.
+    """
+    ranks = {pp_ranks[0], *get_mtp_ranks(pp_ranks, _model_config())}
+    if not get_args().untie_embeddings_and_output_weights:
+        ranks.add(pp_ranks[-1])
+    return sorted(ranks)

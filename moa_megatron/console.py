@@ -82,6 +82,11 @@ class Console(io.TextIOBase):
         return line
 
 
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """Each upstream fix has its line in the log file; the terminal gets their number."""
+    return record.levelno > logging.INFO or not record.name.startswith("moa_megatron.patches")
+
+
 def install(rank: int) -> Console:
     """Puts a ``Console`` in front of stdout and sends warnings and chatter of libraries to it."""
     console = Console(sys.stdout, rank)
@@ -95,5 +100,6 @@ def install(rank: int) -> Console:
     ours = logging.getLogger("moa_megatron")
     voice = logging.StreamHandler(console.terminal)
     voice.setFormatter(logging.Formatter("%(message)s"))
+    voice.addFilter(_worth_saying)
     ours.addHandler(voice)
     return console

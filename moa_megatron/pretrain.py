@@ -8,6 +8,7 @@ and Megatron's own ``pretrain`` does the rest. Exit codes: see ``moa_megatron.ru
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import Any
 from moa_megatron import console, host, recipes, runstate
 from moa_megatron.recipes import CommandLine, RefusedError
 
+logger = logging.getLogger(__name__ if __name__ != "__main__" else "moa_megatron.pretrain")
 _STARTED = time.time()
 
 
@@ -48,7 +50,8 @@ def _run(command: CommandLine, out: console.Console | None) -> int:
     host.install()
     from moa_megatron import patches
 
-    patches.apply()
+    applied = patches.apply()
+    logger.info("%d fixes of upstream defects in place (patches/README.md)", len(applied))
     from moa_megatron import launch
 
     try:

@@ -28,11 +28,14 @@ def with_moa(spec: Any, config: MoAConfig) -> Any:
         spec: a ModuleSpec or a block of layers, as Megatron's spec functions return them.
         config: settings of the method; ``mixing='fixed'`` returns ``spec`` itself.
 
+    Returns:
+        A specification of the same kind; a block without layers comes back as it is.
+
     Raises:
         ValueError: when the spec holds a feedforward module that MoA cannot replace, or none.
     """
-    if config.mixing == "fixed":
-        return spec
+    if config.mixing == "fixed" or getattr(spec, "layer_specs", None) == []:
+        return spec  # a pipeline stage may have no layers at all
     walker = _Walker(config)
     result = walker.visit(spec)
     if not walker.swaps:

@@ -95,6 +95,7 @@ def check_refusals() -> None:
     from megatron.core.transformer.moe.experts import InferenceGroupedMLP, TEGroupedMLP
     from megatron.core.transformer.moe.moe_layer import MoELayer
     from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
     from moa_megatron.specs import with_moa
@@ -113,6 +114,8 @@ def check_refusals() -> None:
     for node in unknown:
         with pytest.raises(ValueError, match="does not replace"):
             with_moa(TransformerLayerSubmodules(mlp=node), BI)
+    empty = TransformerBlockSubmodules(layer_specs=[])
+    assert with_moa(empty, BI) is empty, "a pipeline stage may have no layers"
     with pytest.raises(ValueError, match="no feedforward module"):
         with_moa(TransformerLayerSubmodules(), BI)
 
