@@ -7,7 +7,9 @@ PYTEST = PYTHONPATH=. CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -q
 setup:
 	@./launch/setup.sh
 
-test: check unit parallel e2e  ## lint, types and all quick tests, under 10 minutes
+test: check  ## lint, types and all quick tests, under 10 minutes; suites run two at a time
+	@echo "unit, parallel and end-to-end tests; each reports when it is done"
+	@$(MAKE) --no-print-directory -j2 -Otarget unit parallel e2e
 
 check: setup
 	$(PY) -m ruff check .

@@ -27,6 +27,54 @@ _ITERATION = re.compile(r"iteration +(\d+)/.*elapsed time per iteration \(ms\): 
 VARIANTS = {"moa": ["--moa-mixing", "moa"], "fixed": ["--moa-mixing", "fixed"]}
 
 
+# Seconds before training starts, split into what Megatron needs anyway and what comes on top.
+_START_UP = """
+import json, sys, time
+clock, spent = time.perf_counter, {"megatron": 0.0}
+begin = clock()
+import torch
+from moa_megatron import recipes
+torch_ready = clock()
+from moa_megatron import host
+host.install()
+hosted = clock()
+import megatron.training.training, megatron.training.argument_utils
+imported = clock()
+from moa_megatron import arguments, launch, patches
+patches.apply()
+def timed(module, name):
+    function = getattr(module, name)
+    def run(*words, **keywords):
+        start = clock()
+        try:
+            return function(*words, **keywords)
+        finally:
+            spent["megatron"] += clock() - start
+    setattr(module, name, run)
+timed(arguments, "parse_args")
+timed(launch, "validate_args")
+timed(launch.models, "hybrid_config_from_args")
+launch.prepare(recipes.parse_command_line(sys.argv[1:]), host.HOST_ARGS if host.active() else [])
+ready = clock()
+upstream = torch_ready - begin + imported - hosted + spent["megatron"]
+print(json.dumps({"megatron": upstream, "moa_megatron": ready - begin - upstream}))
+"""
+
+
+def start_up(recipe: str) -> dict[str, float]:
+    """Seconds from a fresh interpreter to accepted arguments, corpus already prepared."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", _START_UP, recipe, "--run-dir", f"{folder}/run"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
 def timed_run(recipe: str, steps: int, words: list[str], cache: Path | None) -> tuple[float, float]:
     """Seconds from the command to its first iteration, and median milliseconds of the others."""
     first, times = 0.0, []
@@ -71,6 +119,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             print(
                 f"pair {pair + 1} {name:<6} start {start:5.1f} s  step {step:7.1f} ms", flush=True
             )
+    starts_up = [start_up(options.recipe) for _ in range(options.pairs)]
     ratios = [a / b for a, b in zip(steps["moa"], steps["fixed"], strict=True)]
     return {
         "recipe": options.recipe,
@@ -80,6 +129,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "max": max(ratios),
         },
         "step_ms": {name: statistics.median(values) for name, values in steps.items()},
+        "start_up_s": {
+            name: statistics.median(each[name] for each in starts_up) for name in starts_up[0]
+        },
         "first_iteration_s": {"cold": cold, "warm": statistics.median(starts)},
         "commit": _git("rev-parse", "--short", "HEAD"),
         "python": platform.python_version(),
@@ -110,6 +162,7 @@ def main() -> int:
     print(
         f"step time, MoA over fixed: {ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
     )
+    print("start-up, seconds:", json.dumps(result["start_up_s"]))
     print(json.dumps(result))
     return 0
 
