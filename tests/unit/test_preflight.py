@@ -162,7 +162,7 @@ def check_layout_violations_come_together() -> None:
             "--sequence-parallel",
             world=2,
         )
-    with refused("--lr-warmup-iters=300 does not end within 200 steps"):
+    with refused("--lr-warmup-iters=300 does not end within 150 steps"):
         args_of("--lr-warmup-iters", "300")
 
 
