@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moa_megatron.config import MoAConfig
-    from moa_megatron.mixture import mixture
+    from moa_megatron.op import mixture
     from moa_megatron.specs import with_moa
 
 __all__ = ["MoAConfig", "mixture", "with_moa"]
 
-_HOME = {"MoAConfig": "config", "mixture": "mixture", "with_moa": "specs"}
+_HOME = {"MoAConfig": "config", "mixture": "op", "with_moa": "specs"}
 
 
 def __getattr__(name: str) -> Any:

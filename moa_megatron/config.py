@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
+import json
 import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 ACTIVATION_NAMES = ("id", "relu", "relu2", "leaky_relu", "gelu", "silu", "tanh")
 
@@ -58,9 +60,11 @@ class MoAConfig:
     )
     leaky_slope: float = _choice(0.01, "slope of leaky_relu for negative input")
     gate_init_std: float = _choice(0.02, "standard deviation of the gate vectors at initialisation")
-    backend: Literal["auto", "compiled", "reference"] = _choice(
+    backend: Literal["auto", "triton", "compiled", "reference"] = _choice(
         "auto", "implementation of the mixture; auto takes the fastest that runs here"
     )
+
+    encoded: ClassVar[str]
 
     def __post_init__(self) -> None:
         if self.dictionary is not None and not isinstance(self.dictionary, str):
@@ -79,6 +83,14 @@ class MoAConfig:
             )
         if problems:
             raise ValueError("MoA settings: " + "; ".join(problems))
+        # One string that is all of this: operators of torch take no other kind of setting.
+        object.__setattr__(self, "encoded", json.dumps(dataclasses.asdict(self)))
+
+    @staticmethod
+    @functools.cache
+    def decode(encoded: str) -> MoAConfig:
+        """The config whose ``encoded`` this is."""
+        return MoAConfig(**json.loads(encoded))
 
     def _choice_problems(self) -> list[str]:
         problems = []

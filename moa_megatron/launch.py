@@ -32,6 +32,8 @@ from moa_megatron import (
     telemetry,
 )
 from moa_megatron.config import MoAConfig
+from moa_megatron.op import build as build_mixture
+from moa_megatron.op import resolve_backend
 from moa_megatron.recipes import CommandLine, RefusedError
 
 
@@ -65,6 +67,12 @@ class Run:
             writer = get_tensorboard_writer()
             if writer is not None:
                 writer.flush()
+
+    def build_kernels(self) -> float:
+        """Builds what the mixture needs before the first step; seconds, 0 where it is at hand."""
+        if self.moa.mixing == "fixed":
+            return 0.0
+        return build_mixture(self.moa, _device(), self.args.params_dtype)
 
     def step(self) -> int:
         """Steps begun in this process and before it: all trained, unless training failed."""
@@ -178,9 +186,24 @@ def prepare(command: CommandLine, extra_flags: list[str]) -> Run:
         raise RefusedError(f"Megatron refuses these arguments: {_reason(error)}") from error
     except SystemExit as error:
         raise RefusedError("Megatron refuses these arguments; its reason stands above") from error
+    _choose_backend(args, moa)
     # Only now are both sides complete: a checkpoint holds what validation has filled in.
     _refuse(checkpoints.problems(args))
     return Run(args, moa, config, command.run_dir, data)
+
+
+def _choose_backend(args: argparse.Namespace, moa: MoAConfig) -> None:
+    """Logs what computes the mixture; refuses a backend that was asked for and cannot run."""
+    if moa.mixing == "fixed":
+        return
+    try:
+        resolve_backend(moa.backend, _device(), args.params_dtype)
+    except ValueError as error:
+        raise RefusedError(str(error).replace("backend=", "--moa-backend ", 1)) from error
+
+
+def _device() -> str:
+    return "cpu" if host.active() else "cuda"
 
 
 def _refuse(problems: list[str]) -> None:

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from moa_megatron.config import MoAConfig
 from moa_megatron.gates import MoAGate, Scope
-from moa_megatron.mixture import mixture
+from moa_megatron.op import mixture
 
 
 class MoAMLP(MLP):

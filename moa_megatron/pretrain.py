@@ -78,6 +78,11 @@ def _train(run: Any, out: console.Console) -> int:
         runstate.write_status(folder, "running", None, recipe=args.moa_recipe)
     code, problem = runstate.FINISHED, None
     try:
+        seconds = run.build_kernels()
+        if seconds:
+            out.say_on_first_rank(
+                f"built the mixture's kernel in {seconds:.1f} s, for later runs too"
+            )
         run.train()
     except SystemExit as stop:
         code, problem = _verdict(run, stop)

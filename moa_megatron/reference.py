@@ -59,7 +59,7 @@ def mix(preact_TP: Tensor, weights_n: list[Tensor], config: MoAConfig) -> Tensor
 def mixture_reference(
     preact_TP: Tensor, coefficients: Tensor, config: MoAConfig, token_weight_T: Tensor | None = None
 ) -> Tensor:
-    """The op's contract (see ``moa_megatron.mixture.mixture``), differentiable by autograd."""
+    """The op's contract (see ``moa_megatron.op.mixture``), differentiable by autograd."""
     dtype = compute_dtype(preact_TP.dtype)
     values = coefficients.to(dtype)
     if config.mixing == "moa":
