@@ -20,7 +20,9 @@ from torch import Tensor
 from moa_megatron.config import MoAConfig
 from moa_megatron.kernels import basis
 
-SOURCES = (Path(__file__).with_name("cpu.cpp"),)
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("cpu.cpp", "cpu_blocks.h", "cpu_math.h")
+)
 FLAGS = (
     "-std=c++17",
     "-O3",
