@@ -9,7 +9,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moa_megatron.config import MoAConfig
-from moa_megatron.gates import MoAGate, draw_seed
+from moa_megatron.gates import MoAGate, draw_expert_seeds
 from moa_megatron.mlp import MoAMLP, MoASharedExpertMLP
 
 
@@ -29,10 +29,7 @@ class MoASequentialMLP(SequentialMLP):
         # Upstream's constructor builds plain MLPs; with no experts it still sets groups and config.
         super().__init__(0, config, submodules, pg_collection, name)
         self.num_local_experts = num_local_experts
-        # Each global expert has its own stream: ranks share the generator, experts must differ.
-        seed = draw_seed()
-        first = self.ep_group.rank() * num_local_experts
-        for index in range(num_local_experts):
+        for index, seed in enumerate(draw_expert_seeds(self.ep_group, num_local_experts)):
             expert = MoAMLP(
                 self.config,
                 submodules,
@@ -41,7 +38,7 @@ class MoASequentialMLP(SequentialMLP):
                 tp_group=self.tp_group,
                 name=f"{name}.local_experts.{index}" if name is not None else None,
                 moa=moa,
-                gate_seed=(seed + first + index) % 2**63,
+                gate_seed=seed,
                 owns_gate=moa.gate_scope == "expert",
             )
             self.local_experts.append(expert)

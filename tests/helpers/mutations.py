@@ -41,7 +41,9 @@ def _expert_copies_logits(gate: MoAGate, x: Tensor, routed: bool = False) -> Ten
     """Completes the gate's gradient, but the dispatcher sums that of x a second time."""
     if gate.scope != "expert":
         return _right_forward(gate, x, routed)
-    return copy_to_tensor_model_parallel_region(gates._logits(x, gate.weight), group=gate.tp_group)
+    return copy_to_tensor_model_parallel_region(
+        gates.gate_logits(x, gate.weight), group=gate.tp_group
+    )
 
 
 def _layer_copies_routed_logits(gate: MoAGate, x: Tensor, routed: bool = False) -> Tensor:
