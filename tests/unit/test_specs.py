@@ -39,7 +39,7 @@ def found(node: Any, seen: set[int] | None = None) -> list[str]:
 
 
 MOE_NAMES = ["MoELayer", "SequentialMLP", "_build_shared_experts"]
-MOA_NAMES = ["MoALayer", "MoASequentialMLP", "build_shared_experts"]
+MOA_NAMES = ["MoALayer", "build_experts", "build_shared_experts"]
 
 
 def check_every_local_specification() -> None:
