@@ -210,6 +210,18 @@ def check_padding_for_quantisation_changes_nothing() -> None:
             assert torch.equal(unpadded[name], tensor)
 
 
+def check_names_in_checkpoints() -> None:
+    megatron()
+    from tests.helpers.experts import global_tensors
+    from tests.helpers.models import model_parallel
+
+    with model_parallel(Layout()):
+        for options in ({}, {"add_bias_linear": True}):
+            sequential, grouped = pair(expert_scope(), **options)
+            for singleton in (False, True):
+                assert global_tensors(grouped, singleton) == global_tensors(sequential, singleton)
+
+
 def check_refusals() -> None:
     megatron()
     from tests.helpers.models import model_parallel
