@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -151,6 +152,26 @@ def check_biases() -> None:
                 by_expert(sequential)[name].data.copy_(parameter.data)
         assert "linear_fc2.bias3" in by_expert(grouped)
         compare(sequential, grouped)
+
+
+def check_grouped_product() -> None:
+    """The path that GPUs take; torch runs the same function on the CPU, as a loop."""
+    megatron()
+    from moa_megatron import grouped_linear
+    from tests.helpers.models import model_parallel
+
+    def has_tokens(x: Tensor, _: Tensor) -> bool:
+        return bool(x.numel())
+
+    product = torch.nn.functional.grouped_mm
+    with (
+        model_parallel(Layout()),
+        mock.patch.object(grouped_linear, "_has_grouped_kernel", has_tokens),
+        mock.patch("torch.nn.functional.grouped_mm", side_effect=product) as calls,
+    ):
+        compare(*pair(expert_scope()))
+        compare(*pair(expert_scope(), add_bias_linear=True))
+        assert calls.call_count == 8, "twice for each of two loads and two models"
 
 
 def check_latent_input() -> None:
