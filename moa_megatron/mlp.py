@@ -45,11 +45,7 @@ class MoAMLP(MLP):
         owns_gate: bool | None = None,
     ) -> None:
         moa = moa if moa is not None else self.moa
-        if config.gated_linear_unit != moa.gated:
-            raise ValueError(
-                f"variant={moa.variant!r} needs gated_linear_unit={moa.gated}, the model has "
-                f"{config.gated_linear_unit}: {'add' if moa.gated else 'remove'} --swiglu"
-            )
+        check_gated(config, moa)
         width = ffn_hidden_size if ffn_hidden_size is not None else config.ffn_hidden_size
         super().__init__(config, submodules, is_expert, input_size, width, tp_group, name)
         self.moa, self.is_expert = moa, is_expert
@@ -144,4 +140,13 @@ class MoASharedExpertMLP(SharedExpertMLP, MoAMLP):
             gate=gate,  # type: ignore[call-arg]
             pg_collection=pg_collection,
             name=name,
+        )
+
+
+def check_gated(config: TransformerConfig, moa: MoAConfig) -> None:
+    """Raises ValueError where the width of fc1 does not fit the variant."""
+    if config.gated_linear_unit != moa.gated:
+        raise ValueError(
+            f"variant={moa.variant!r} needs gated_linear_unit={moa.gated}, the model has "
+            f"{config.gated_linear_unit}: {'add' if moa.gated else 'remove'} --swiglu"
         )

@@ -17,7 +17,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from moa_megatron.config import MoAConfig
-from moa_megatron.experts import MoALayer, MoASequentialMLP, build_shared_experts
+from moa_megatron.experts import MoALayer, build_experts, build_shared_experts
 from moa_megatron.mlp import MoAMLP
 
 
@@ -95,7 +95,7 @@ class _Walker:
         if owner is MLP and function.__name__ == "as_mlp_submodule":
             return self._swap(node, MoAMLP.as_mlp_submodule)
         if function is SequentialMLP:
-            return self._swap(node, MoASequentialMLP)
+            return self._swap(node, build_experts)
         if function is moe_module_specs._build_shared_experts:
             return self._swap(node, build_shared_experts)
         if function is MoELayer:
