@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         type=int,
         default=1,
         metavar="N",
-        help="round FFN widths up to multiples of N: 64 suits FP8 and tensor parallelism (default 1)",
+        help="round FFN widths up to multiples of N; 64 suits FP8 and tensor parallelism",
     )
     group.add_argument(
         "--moa-scaled-init",
