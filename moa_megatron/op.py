@@ -94,10 +94,13 @@ def resolve_backend(requested: str, device: str, dtype: torch.dtype) -> str:
     return chosen
 
 
-@torch.compiler.assume_constant_result
 def _constant_backend(requested: str, device: str, dtype: torch.dtype) -> str:
     """``resolve_backend`` for code that torch.compile traces: it must not trace the choice."""
     return resolve_backend(requested, device, dtype)
+
+
+# All that torch.compiler.assume_constant_result does, without its import of Dynamo (1 s at start).
+_constant_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _obstacle(backend: str, device: str, dtype: torch.dtype) -> str | None:
