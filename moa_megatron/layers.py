@@ -107,14 +107,36 @@ def stateless_norm(
 ) -> Any:
     """The backend's norm before a residual branch, without an entry for quantisation state.
 
-    A fused fc1 has no such entry for its norm, and nor have local norms. Nothing is lost: a norm
-    quantises nothing (``transformer_engine.pytorch.ops.BasicOperation.get_extra_state``).
+    A fused fc1 has no such entry for its norm, so checkpoints must not hold or ask for one.
     """
     build: Any = backend.layer_norm(has_residual=True)
     norm: nn.Module = build(config=config, hidden_size=hidden_size, eps=eps)
+    _forget_state(norm)
+    return norm
+
+
+def forget_norm_states(chunks: list[nn.Module]) -> list[nn.Module]:
+    """Takes the quantisation state of all Transformer Engine norms out of checkpoints.
+
+    Local norms have none, and loading stops at a missing one, so a model trained on a host could
+    not continue on a GPU. Nothing is lost: a norm quantises nothing
+    (``transformer_engine.pytorch.ops.BasicOperation.get_extra_state``).
+    A hook for ``megatron.training.models.ModelConfig.pre_wrap_hooks``.
+    """
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    if HAVE_TE:
+        from transformer_engine.pytorch import LayerNorm, RMSNorm
+
+        for module in (module for chunk in chunks for module in chunk.modules()):
+            if isinstance(module, LayerNorm | RMSNorm):
+                _forget_state(module)
+    return chunks
+
+
+def _forget_state(norm: nn.Module) -> None:
     norm.register_state_dict_post_hook(_without_state)
     norm.register_load_state_dict_pre_hook(_with_state)
-    return norm
 
 
 def _without_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -32,6 +32,7 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from moa_megatron.checkpoints import moe_norm_has_dense_name
 from moa_megatron.config import MoAConfig
+from moa_megatron.layers import forget_norm_states
 from moa_megatron.local_specs import local_hybrid_stack_spec
 from moa_megatron.specs import with_moa
 
@@ -121,6 +122,8 @@ def model_config(args: argparse.Namespace, moa: MoAConfig) -> HybridModelConfig 
     config = _gpt_config(args, moa) if args.moa_model == "gpt" else _hybrid_config(args, moa)
     if not args.moa_scaled_init:
         config.transformer.output_layer_init_method = config.transformer.init_method
+    if moa.mixing != "fixed":
+        config.pre_wrap_hooks.append(forget_norm_states)
     return config
 
 
@@ -149,7 +152,7 @@ def engine_hybrid_stack_spec(args: argparse.Namespace) -> ModuleSpec:
 
     Without that argument, the same stack with sequential experts.
     """
-    if args.num_experts is None or args.moe_grouped_gemm:
+    if args.moe_grouped_gemm:
         return hybrid_stack_spec
     # Any positive number of experts selects the MoE module; the config's number counts.
     moe = get_moe_module_spec(use_te=True, num_experts=1, moe_grouped_gemm=False)
