@@ -2,7 +2,7 @@
 PY = .venv/bin/python
 PYTEST = PYTHONPATH=. CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -q
 
-.PHONY: setup test check unit parallel e2e slow compare bench
+.PHONY: setup test check unit parallel e2e te slow compare bench
 
 setup:
 	@./launch/setup.sh
@@ -24,6 +24,9 @@ parallel: setup
 
 e2e: setup
 	$(PYTEST) tests/e2e -m "not slow and not gpu"
+
+te: setup  ## Transformer Engine's classes without a GPU; skips where its overlay is missing
+	$(PYTEST) tests/te
 
 slow: setup  ## what make test leaves out: torch.compile, golden losses, launcher from scratch
 	$(PYTEST) tests -m "slow and not gpu"
