@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 
@@ -272,44 +271,6 @@ def check_fc1_keeps_the_input_that_gates_keep() -> None:
         assert not saves(select, "gpt moe", **fp8, **recompute)
     recompute = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
     assert not saves(dense, **fp8, **recompute)
-
-
-def _prepare(*words: str) -> Any:
-    from moa_megatron import launch, recipes
-
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        mock.patch.dict(
-            os.environ, {"WORLD_SIZE": "1", "RANK": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-        ),
-    ):
-        argv = [*words, "--run-dir", f"{folder}/run", "--mock-data", "--use-cpu-initialization"]
-        return launch.prepare(recipes.parse_command_line(argv), [])
-
-
-def check_entry_point_builds_on_the_engine() -> None:
-    tiny.start()
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    sequential = ("--set", "moe_grouped_gemm=false")
-    for words, expected in (
-        (("tiny-dense",), {"MoAMLP", "TEColumnParallelLinear", "HybridStack"}),
-        (("tiny-dense", "--moa-model", "gpt"), {"MoAMLP", "TEColumnParallelLinear", "GPTModel"}),
-        (("tiny-moe", *sequential), {"MoASequentialMLP", "MoASharedExpertMLP", "HybridStack"}),
-        (("tiny-moe", "--moa-mixing", "fixed"), {"TEGroupedMLP", "SharedExpertMLP"}),
-    ):
-        run = _prepare(*words)
-        assert run.args.transformer_impl == "transformer_engine", "the default where it runs"
-        assert run.args.moe_grouped_gemm == (expected >= {"TEGroupedMLP"})
-        assert not run.args.gradient_accumulation_fusion, "Megatron's output layer lacks it"
-        run.config.vocab_size = 64
-        builder = run.config.get_builder_cls()(run.config)
-        groups = ProcessGroupCollection.use_mpu_process_groups()
-        built = builder.build_model(groups, pre_process=True, post_process=True)
-        assert {type(module).__name__ for module in built.modules()} >= expected
-        names = [hook.__name__ for hook in run.config.pre_wrap_hooks]
-        assert names == ([] if run.moa.mixing == "fixed" else ["forget_norm_states"])
-    assert not _prepare("tiny-moe", "--transformer-impl", "local").args.moe_grouped_gemm
 
 
 CHECKS = [name for name in globals() if name.startswith("check_")]
