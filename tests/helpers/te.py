@@ -36,51 +36,60 @@ def environment() -> dict[str, str]:
     import torch
 
     archive = Path(os.environ.get("MOA_TE_OVERLAY") or FOLDER / ARCHIVE)
-    if not archive.is_file():
-        raise Missing(f"no {archive}: put {ARCHIVE} there, or its path into MOA_TE_OVERLAY")
+    if not archive.exists():
+        raise Missing(
+            f"{archive}, which is not there: put {ARCHIVE} there, or its path, or that of a folder "
+            "with its content, into MOA_TE_OVERLAY"
+        )
     if not torch.__version__.startswith(TORCH):
         raise Missing(f"torch {torch.__version__}: the overlay is built for {TORCH}")
     absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if absent:
         raise Missing(f"packages {', '.join(absent)}: pip install {' '.join(NEEDED)}")
-    source = archive.parent / "libcuda_stub.c"
-    if not source.is_file():
-        raise Missing(f"no {source}: it stands beside the overlay's archive")
-    overlay = _unpacked(archive)
-    paths = {"PYTHONPATH": overlay, "LD_LIBRARY_PATH": _stub(source, overlay.parent)}
+    overlay = archive if archive.is_dir() else _unpacked(archive)
+    paths = {"PYTHONPATH": overlay, "LD_LIBRARY_PATH": _stub(archive)}
     return {
         name: os.pathsep.join([str(path), *filter(None, [os.environ.get(name)])])
         for name, path in paths.items()
     }
 
 
+def _cache() -> Path:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "moa_megatron"
+
+
 def _unpacked(archive: Path) -> Path:
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moa_megatron"
-    folder = cache / f"te-{digest}" / "overlay"
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = tempfile.mkdtemp(dir=folder.parent)
-    with tarfile.open(archive) as content:
-        content.extractall(scratch, filter="data")
-    _publish(Path(scratch), folder)
+    folder = _cache() / f"te-{digest}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+        with tarfile.open(archive) as content:
+            content.extractall(scratch, filter="data")
+        _publish(scratch, folder)
     return folder
 
 
-def _stub(source: Path, folder: Path) -> Path:
+def _stub(archive: Path) -> Path:
     """The folder of a libcuda.so.1 that Transformer Engine can link against without a driver."""
-    stub = folder / "stub"
-    if stub.is_dir():
-        return stub
+    if (archive / "stub" / "libcuda.so.1").is_file():
+        return archive / "stub"
+    sources = [folder / "libcuda_stub.c" for folder in (archive.parent, FOLDER)]
+    source = next((path for path in sources if path.is_file()), None)
     compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        raise Missing("a C compiler: install gcc")
-    scratch = Path(tempfile.mkdtemp(dir=folder))
-    options = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(scratch / "libcuda.so.1")]
-    subprocess.run([compiler, *options, str(source)], check=True)
-    _publish(scratch, stub)
-    return stub
+    if source is None or compiler is None:
+        raise Missing("a C compiler (gcc), and libcuda_stub.c beside the overlay")
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    folder = _cache() / f"libcuda-stub-{digest}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+        options = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o"]
+        library = str(scratch / "libcuda.so.1")
+        subprocess.run([compiler, *options, library, str(source)], check=True)
+        _publish(scratch, folder)
+    return folder
 
 
 def _publish(scratch: Path, folder: Path) -> None:
