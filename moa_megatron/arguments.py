@@ -40,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="embedded corpus where no data path is given: none | stdlib (Python's own source)",
     )
     group.add_argument(
+        "--moa-align",
+        type=int,
+        default=1,
+        metavar="N",
+        help="round FFN widths up to multiples of N; 64 suits FP8 and tensor parallelism",
+    )
+    group.add_argument(
         "--moa-scaled-init",
         action="store_true",
         help="scale output projections by depth, as Megatron does; the paper does not",
@@ -90,6 +97,7 @@ def parse(command: CommandLine, extra_flags: list[str]) -> tuple[argparse.Namesp
             " Type-I baseline is --set swiglu=false --squared-relu with --ffn-hidden-size 4d"
         )
     derive.ffn(args, moa, given, gated_recipe=bool(recipe.get("swiglu")))
+    derive.align(args)
     derive.pattern(args)
     derive.modules(args, given)
     return args, moa

@@ -40,6 +40,23 @@ def ffn(args: argparse.Namespace, moa: MoAConfig, given: set[str], gated_recipe:
             setattr(args, name, int(1.5 * getattr(args, name)))
 
 
+def align(args: argparse.Namespace) -> None:
+    """Rounds FFN widths up to multiples of ``--moa-align``, in the baseline too.
+
+    FP8 needs multiples of 16 on every tensor-parallel rank, 16-byte accesses multiples of 8.
+
+    Raises:
+        RefusedError: for a multiple below 1.
+    """
+    multiple = args.moa_align
+    if multiple < 1:
+        raise RefusedError(f"--moa-align {multiple}: must be 1 or more, such as 64")
+    for name in ("ffn_hidden_size", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"):
+        width = getattr(args, name)
+        if width is not None:
+            setattr(args, name, -(-width // multiple) * multiple)
+
+
 def pattern(args: argparse.Namespace) -> None:
     """HybridModel's layer pattern from Megatron's GPT arguments; bars are virtual stages.
 

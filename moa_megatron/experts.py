@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moa_megatron.config import MoAConfig
-from moa_megatron.gates import MoAGate, draw_seed
+from moa_megatron.gates import MoAGate, draw_expert_seeds
+from moa_megatron.grouped import MoAGroupedMLP, MoATEGroupedMLP
 from moa_megatron.mlp import MoAMLP, MoASharedExpertMLP
 
 
@@ -29,10 +31,7 @@ class MoASequentialMLP(SequentialMLP):
         # Upstream's constructor builds plain MLPs; with no experts it still sets groups and config.
         super().__init__(0, config, submodules, pg_collection, name)
         self.num_local_experts = num_local_experts
-        # Each global expert has its own stream: ranks share the generator, experts must differ.
-        seed = draw_seed()
-        first = self.ep_group.rank() * num_local_experts
-        for index in range(num_local_experts):
+        for index, seed in enumerate(draw_expert_seeds(self.ep_group, num_local_experts)):
             expert = MoAMLP(
                 self.config,
                 submodules,
@@ -41,7 +40,7 @@ class MoASequentialMLP(SequentialMLP):
                 tp_group=self.tp_group,
                 name=f"{name}.local_experts.{index}" if name is not None else None,
                 moa=moa,
-                gate_seed=(seed + first + index) % 2**63,
+                gate_seed=seed,
                 owns_gate=moa.gate_scope == "expert",
             )
             self.local_experts.append(expert)
@@ -74,8 +73,27 @@ class MoALayer(MoELayer):
             )
         self.moa_gate = MoAGate(config, moa, "layer", config.hidden_size, self.attn_tp_group)
         for module in self.modules():
-            if isinstance(module, MoAMLP):
+            if isinstance(module, (MoAMLP, MoATEGroupedMLP)):
                 module.share_gate(self.moa_gate)
+
+
+def build_experts(
+    num_local_experts: int,
+    config: TransformerConfig,
+    submodules: MLPSubmodules,
+    pg_collection: ProcessGroupCollection | None = None,
+    name: str | None = None,
+    *,
+    moa: MoAConfig,
+) -> MoASequentialMLP | MoAGroupedMLP:
+    """Builder in the place of ``SequentialMLP``, all that specifications without TE know.
+
+    They ignore ``moe_grouped_gemm``, which the config still holds when the model is built. Linear
+    layers of another kind (TE's, where a specification asks for them one by one) stay sequential.
+    """
+    ours = submodules.linear_fc1 is ColumnParallelLinear
+    kind = MoAGroupedMLP if config.moe_grouped_gemm and ours else MoASequentialMLP
+    return kind(num_local_experts, config, submodules, pg_collection, name, moa=moa)
 
 
 def build_shared_experts(

@@ -119,8 +119,8 @@ class MoAGate(nn.Module):
             weight = self.weight
             if self._reduce_over_expert_tp:
                 weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
-            return _logits(x, weight)
-        logits = _logits(x, self.weight)
+            return gate_logits(x, weight)
+        logits = gate_logits(x, self.weight)
         if routed:
             return logits
         if self.sequence_parallel:
@@ -153,7 +153,7 @@ class MoAGate(nn.Module):
         }
 
 
-def _logits(x: Tensor, weight: Tensor) -> Tensor:
+def gate_logits(x: Tensor, weight: Tensor) -> Tensor:
     """x U^T in float32 (float64 for float64 input), whatever the parameters' dtype."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if not x.numel():
@@ -162,6 +162,11 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
     return router_gating_linear(x, weight, None, dtype)
 
 
-def draw_seed() -> int:
-    """A seed from torch's CPU generator: equal on all ranks of a pipeline stage."""
-    return int(torch.randint(2**62, (1,)).item())
+def draw_expert_seeds(ep_group: ProcessGroup, num_local_experts: int) -> list[int]:
+    """One stream per expert of this rank: ranks share torch's CPU generator, experts must differ.
+
+    One draw whatever the layout; a global expert gets the same seed at all of them.
+    """
+    seed = int(torch.randint(2**62, (1,)).item())
+    first = ep_group.rank() * num_local_experts
+    return [(seed + first + index) % 2**63 for index in range(num_local_experts)]

@@ -48,11 +48,7 @@ class MoAMLP(MLP):
         owns_gate: bool | None = None,
     ) -> None:
         moa = moa if moa is not None else self.moa
-        if config.gated_linear_unit != moa.gated:
-            raise ValueError(
-                f"variant={moa.variant!r} needs gated_linear_unit={moa.gated}, the model has "
-                f"{config.gated_linear_unit}: {'add' if moa.gated else 'remove'} --swiglu"
-            )
+        check_gated(config, moa)
         width = ffn_hidden_size if ffn_hidden_size is not None else config.ffn_hidden_size
         super().__init__(config, submodules, is_expert, input_size, width, tp_group, name)
         if hasattr(self.linear_fc1, "layer_norm_weight"):
@@ -177,3 +173,12 @@ def _save_input_once(config: TransformerConfig, linear: nn.Module) -> None:
     quantises = bool(config.fp8) and config.fp8_recipe != Fp8Recipe.delayed
     if (quantises or config.fp4) and hasattr(linear, "save_original_input"):
         set_save_original_input(linear)
+
+
+def check_gated(config: TransformerConfig, moa: MoAConfig) -> None:
+    """Raises ValueError where the width of fc1 does not fit the variant."""
+    if config.gated_linear_unit != moa.gated:
+        raise ValueError(
+            f"variant={moa.variant!r} needs gated_linear_unit={moa.gated}, the model has "
+            f"{config.gated_linear_unit}: {'add' if moa.gated else 'remove'} --swiglu"
+        )

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from moa_megatron import layers
 from moa_megatron.config import MoAConfig
-from moa_megatron.experts import MoALayer, MoASequentialMLP, build_shared_experts
+from moa_megatron.experts import MoALayer, build_experts, build_shared_experts
 from moa_megatron.mlp import MoAMLP
 
 # What stands in a specification instead, and which flag put it there.
@@ -111,10 +111,10 @@ class _Walker:
                 raise layers.refuse_norm_in_fc1(getattr(fc1, "__name__", str(fc1)))
             return self._swap(node, MoAMLP.as_mlp_submodule)
         if function is SequentialMLP:
-            return self._swap(node, MoASequentialMLP)
+            return self._swap(node, build_experts)
         if function is TEGroupedMLP:
             # Imported where it is used: it needs Transformer Engine's grouped linear layers.
-            from moa_megatron.grouped import MoATEGroupedMLP  # type: ignore[import-not-found]
+            from moa_megatron.grouped import MoATEGroupedMLP
 
             return self._swap(node, MoATEGroupedMLP)
         if function is moe_module_specs._build_shared_experts:

@@ -1,170 +1,95 @@
 #!/usr/bin/env python3
-"""Times a recipe as a user runs it: start-up and steps, MoA over Megatron's fixed activation.
+"""Times MoA over Megatron's fixed activation: the op, a layer, whole runs.
 
-    tools/bench.py                          tiny-moe, three pairs of runs
-    tools/bench.py --recipe tiny-dense --steps 40 --pairs 5
+  --op      the mixture over SwiGLU: time, copy bandwidth, memory
+  --layer   a whole FFN over Megatron's MLP, and what its parts take
+  --step    whole runs of a recipe: start-up and steps (the default)
+  --static  the GPU kernels' machine code, compiled here; needs no GPU
 
-MoA and baseline run in turn, so that a drift of the machine meets both; quote the ratios. The last
-line is one JSON object.
+A mode with --help lists its options. Contenders run in turn, so that a drift of the machine meets
+all of them; quote the ratios. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
-import platform
-import re
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
-_ITERATION = re.compile(r"iteration +(\d+)/.*elapsed time per iteration \(ms\): ([0-9.]+)")
-VARIANTS = {"moa": ["--moa-mixing", "moa"], "fixed": ["--moa-mixing", "fixed"]}
+sys.path.insert(0, str(ROOT))
+
+from moa_megatron.runstate import FAILED, REFUSED  # noqa: E402
+
+EXAMPLES = {
+    "op": """
+  tools/bench.py --op                                    defaults of this machine's device
+  tools/bench.py --op --variants bi --dtype bf16 --rows 16384 --width 853 3413
+  tools/bench.py --op --json op.json --chart op.png""",
+    "layer": """
+  tools/bench.py --layer                                 dense FFN and one expert
+  tools/bench.py --layer --kinds dense --hidden-size 1280 --width 3413 --variants bi""",
+    "step": """
+  tools/bench.py                                         tiny-moe, three pairs of runs
+  tools/bench.py --step --recipe tiny-dense --steps 40 --pairs 5""",
+    "static": """
+  tools/bench.py --static --arch 90 --variant bi --width 2048""",
+}
 
 
-# Seconds before training starts, split into what Megatron needs anyway and what comes on top.
-_START_UP = """
-import json, sys, time
-clock, spent = time.perf_counter, {"megatron": 0.0}
-begin = clock()
-import torch
-from moa_megatron import recipes
-torch_ready = clock()
-from moa_megatron import host
-host.install()
-hosted = clock()
-import megatron.training.training, megatron.training.argument_utils
-imported = clock()
-from moa_megatron import arguments, launch, patches
-patches.apply()
-def timed(module, name):
-    function = getattr(module, name)
-    def run(*words, **keywords):
-        start = clock()
-        try:
-            return function(*words, **keywords)
-        finally:
-            spent["megatron"] += clock() - start
-    setattr(module, name, run)
-timed(arguments, "parse_args")
-timed(launch, "validate_args")
-timed(launch.models, "hybrid_config_from_args")
-launch.prepare(recipes.parse_command_line(sys.argv[1:]), host.HOST_ARGS if host.active() else [])
-ready = clock()
-upstream = torch_ready - begin + imported - hosted + spent["megatron"]
-print(json.dumps({"megatron": upstream, "moa_megatron": ready - begin - upstream}))
-"""
-
-
-def start_up(recipe: str) -> dict[str, float]:
-    """Seconds from a fresh interpreter to accepted arguments, corpus already prepared."""
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", _START_UP, recipe, "--run-dir", f"{folder}/run"],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-        )
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
-
-
-def timed_run(recipe: str, steps: int, words: list[str], cache: Path | None) -> tuple[float, float]:
-    """Seconds from the command to its first iteration, and median milliseconds of the others."""
-    first, times = 0.0, []
-    with tempfile.TemporaryDirectory() as folder:
-        command = [str(ROOT / "launch" / "local.sh"), recipe, "--run-dir", f"{folder}/run"]
-        command += ["--train-iters", str(steps), "--log-interval", "1", "--eval-iters", "0"]
-        command += ["--set", "save=null", *words]
-        if cache is not None:
-            command += ["--moa-cache-dir", str(cache)]
-        begin = time.perf_counter()
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
-        )
-        assert process.stdout is not None
-        output = []
-        for line in process.stdout:
-            output.append(line)
-            found = _ITERATION.search(line)
-            if not found:
-                continue
-            if not first:
-                first = time.perf_counter() - begin
-            times.append(float(found.group(2)))
-        if process.wait() or len(times) < 3:
-            raise RuntimeError("".join(output))
-    # Megatron counts its first iteration into the second one's mean.
-    return first, statistics.median(times[2:])
-
-
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All runs of the benchmark; raises RuntimeError with the output of one that failed."""
-    with tempfile.TemporaryDirectory() as empty:
-        cold, _ = timed_run(options.recipe, 3, VARIANTS["moa"], Path(empty, "cache"))
-    print(f"first iteration {cold:.1f} s after the command, corpus not yet prepared", flush=True)
-    starts: list[float] = []
-    steps: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    for pair in range(options.pairs):
-        for name, words in VARIANTS.items():
-            start, step = timed_run(options.recipe, options.steps, words, None)
-            starts.append(start)
-            steps[name].append(step)
-            print(
-                f"pair {pair + 1} {name:<6} start {start:5.1f} s  step {step:7.1f} ms", flush=True
-            )
-    starts_up = [start_up(options.recipe) for _ in range(options.pairs)]
-    ratios = [a / b for a, b in zip(steps["moa"], steps["fixed"], strict=True)]
-    return {
-        "recipe": options.recipe,
-        "step_ratio_moa_over_fixed": {
-            "median": statistics.median(ratios),
-            "min": min(ratios),
-            "max": max(ratios),
-        },
-        "step_ms": {name: statistics.median(values) for name, values in steps.items()},
-        "start_up_s": {
-            name: statistics.median(each[name] for each in starts_up) for name in starts_up[0]
-        },
-        "first_iteration_s": {"cold": cold, "warm": statistics.median(starts)},
-        "commit": _git("rev-parse", "--short", "HEAD"),
-        "python": platform.python_version(),
-        "processor": _processor(),
-    }
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
-
-
-def _processor() -> str:
-    names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
-
-
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Prints the report; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--recipe", default="tiny-moe", help="default: tiny-moe")
-    parser.add_argument("--steps", type=int, default=30, help="steps of each run; default: 30")
-    parser.add_argument("--pairs", type=int, default=3, help="pairs of runs; default: 3")
-    result = measure(parser.parse_args())
-    ratio = result["step_ratio_moa_over_fixed"]
-    print(
-        f"step time, MoA over fixed: {ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
-    )
-    print("start-up, seconds:", json.dumps(result["start_up_s"]))
-    print(json.dumps(result))
+    words = list(sys.argv[1:] if words is None else words)
+    modes = [mode for mode in EXAMPLES if f"--{mode}" in words]
+    if len(modes) > 1:
+        sys.stderr.write(f"refused: {' and '.join('--' + m for m in modes)}: one mode at a time\n")
+        return REFUSED
+    if not modes and {"-h", "--help"} & set(words):
+        print(f"{__doc__}\nexamples:{''.join(EXAMPLES.values())}")
+        return 0
+    mode = modes[0] if modes else "step"
+    module = importlib.import_module(f"tools.benchmarks.{mode}")
+    options = _parser(mode, module).parse_args(words)
+    from tools.benchmarks import report
+    from tools.benchmarks.timing import CheckFailed
+
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        result = module.run(options) | {"environment": report.environment()}
+    except CheckFailed as error:
+        sys.stderr.write(f"no numbers, the result is wrong: {error}\n")
+        return FAILED
+    except ValueError as error:
+        sys.stderr.write(f"refused: {error}\n")
+        return REFUSED
+    line = json.dumps(result)
+    if options.json:
+        options.json.write_text(line + "\n", encoding="utf-8")
+    if getattr(options, "chart", None):
+        module.draw(result, options.chart)
+    print(line)
     return 0
+
+
+def _parser(mode: str, module: ModuleType) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"tools/bench.py --{mode}",
+        description=module.__doc__,
+        epilog=f"examples:{EXAMPLES[mode]}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(f"--{mode}", action="store_true", help="this mode")
+    module.add_arguments(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the last line here too")
+    if hasattr(module, "draw"):
+        parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw the ratios")
+    return parser
 
 
 if __name__ == "__main__":

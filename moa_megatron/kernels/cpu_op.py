@@ -20,7 +20,9 @@ from torch import Tensor
 from moa_megatron.config import MoAConfig
 from moa_megatron.kernels import basis
 
-SOURCES = (Path(__file__).with_name("cpu.cpp"),)
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("cpu.cpp", "cpu_blocks.h", "cpu_math.h")
+)
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -44,9 +46,34 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @functools.cache
 def unavailable() -> str | None:
     """Why these kernels cannot run here, with the fix, or None when they can."""
-    if not _compiler():
+    compiler = _compiler()
+    if compiler is None:
         return f"no C++ compiler ($CXX, g++ or clang++) on PATH: {_FIX}"
+    proof = _cache() / f"probed-{hashlib.sha256(_machine().encode()).hexdigest()[:32]}"
+    if proof.exists():
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text(
+            "#include <cmath>\n#include <omp.h>\nint threads = omp_get_max_threads();\n"
+        )
+        command = [compiler, *FLAGS, str(source), "-o", f"{folder}/probe.so"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = next((line for line in done.stderr.splitlines() if "error" in line), "it fails")
+        return f"{compiler} builds no OpenMP library ({reason.strip()}): {_FIX}"
+    try:
+        proof.parent.mkdir(parents=True, exist_ok=True)
+        proof.touch()
+    except OSError as error:
+        return f"kernels cannot be kept ({error}): name a writable folder by XDG_CACHE_HOME"
     return None
+
+
+def compiler_version() -> str | None:
+    """First line of what the compiler says of itself, None where there is none."""
+    compiler = _compiler()
+    return _version(compiler).splitlines()[0] if compiler else None
 
 
 def prepare(config: MoAConfig) -> float:
@@ -183,12 +210,15 @@ def _compiler() -> str | None:
     return None
 
 
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+
+
 @functools.cache
 def _machine() -> str:
     """What ``-march=native`` depends on: the compiler's version, the CPU's model and its flags."""
     compiler = _compiler() or ""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    described = [compiler, version, platform.machine(), platform.processor()]
+    described = [compiler, _version(compiler), platform.machine(), platform.processor()]
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         wanted = ("model name", "flags", "Features", "CPU part")
@@ -200,8 +230,12 @@ def _machine() -> str:
 
 def _path(config: MoAConfig) -> Path:
     """Where the library of ``config`` is, or will be."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "moa_megatron" / "kernels" / f"{_key(config, _machine())}.so"
+    return _cache() / f"{_key(config, _machine())}.so"
+
+
+def _cache() -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "moa_megatron" / "kernels"
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from moa_megatron.kernels import basis, triton_kernels
 from moa_megatron.kernels.triton_math import INTERPRETED
 
 # One warp per row, so that these differ in scheduling only: every choice gives the same bits.
-CHOICES = [triton.Config({"ROWS": rows}, num_warps=rows) for rows in (1, 2, 4, 8)]
+CHOICES = [triton.Config({"ROWS": rows}, num_warps=rows) for rows in (1, 4)]
 # Below two warps, sums need no shared memory: fewer instructions (tools/bench.py --static).
 DEFAULT = {"mixture_forward": 4, "mixture_backward": 1}
 TUNING_ROWS = 2048  # fewer rows than this say nothing about speed, and take the default

@@ -14,13 +14,15 @@ import pytest
 import torch
 
 from moa_megatron import telemetry
+from moa_megatron.kernels import cpu_op
 from tests.e2e.runs import ROOT, pretrain
 
 GOLDEN = ROOT / "tests" / "golden"
 RECIPES = ["tiny-dense", "tiny-moe"]
 STEPS = 8
-# Vector width decides the order of sums, so the last digits belong to one kind of processor.
-OTHER_PROCESSOR = 2e-5
+# Vector width and compiler decide the order of sums, so the last digits belong to one machine; in
+# tiny-moe a token may then choose another expert (1.0e-4 between the kernels and the reference).
+OTHER_PROCESSOR = 5e-4
 
 
 def losses(recipe: str, folder: Path) -> list[float]:
@@ -33,9 +35,10 @@ def losses(recipe: str, folder: Path) -> list[float]:
 
 
 def processor() -> str:
-    """What decides the last digits: vector instructions, and the vendor MKL looks at."""
+    """What decides the last digits: vector instructions, the vendor MKL looks at, the compiler."""
     vendors = re.findall(r"vendor_id\s*:\s*(\S+)", Path("/proc/cpuinfo").read_text())
-    return f"{torch.backends.cpu.get_cpu_capability()} {vendors[0] if vendors else 'unknown'}"
+    words = [torch.backends.cpu.get_cpu_capability(), vendors[0] if vendors else "unknown"]
+    return " ".join([*words, cpu_op.compiler_version() or "no compiler"])
 
 
 def record(recipe: str, folder: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 
 from moa_megatron.gates import MoAGate
+from moa_megatron.grouped_linear import MoAGroupedGate
 from moa_megatron.local_specs import local_hybrid_stack_spec
 from moa_megatron.specs import with_moa
 from tests.helpers.cases import EXPERTS, SEQUENCE, VOCABULARY, Layout, Model
@@ -158,6 +159,7 @@ def optimizer(
     return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
 
 
-def gates(chunks: list[DistributedDataParallel]) -> list[MoAGate]:
+def gates(chunks: list[DistributedDataParallel]) -> list[MoAGate | MoAGroupedGate]:
     """All gates of this rank."""
-    return [m for chunk in chunks for m in chunk.modules() if isinstance(m, MoAGate)]
+    kinds = (MoAGate, MoAGroupedGate)
+    return [m for chunk in chunks for m in chunk.modules() if isinstance(m, kinds)]

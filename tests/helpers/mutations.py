@@ -5,7 +5,7 @@ They are mistakes that train silently (``moa_megatron.gates`` has the right ways
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
@@ -16,11 +16,14 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from moa_megatron import gates
+from moa_megatron import gates, grouped_linear
 from moa_megatron.gates import MoAGate
+from moa_megatron.grouped_linear import MoAGroupedGate
 
 Forward = Callable[[MoAGate, Tensor, bool], Tensor]
 _right_forward: Forward = MoAGate.forward
+_right_grouped_forward = MoAGroupedGate.forward
+_COPY = "copy_to_tensor_model_parallel_region"
 
 
 def _no_copy(gate: MoAGate, x: Tensor, routed: bool = False) -> Tensor:
@@ -41,7 +44,9 @@ def _expert_copies_logits(gate: MoAGate, x: Tensor, routed: bool = False) -> Ten
     """Completes the gate's gradient, but the dispatcher sums that of x a second time."""
     if gate.scope != "expert":
         return _right_forward(gate, x, routed)
-    return copy_to_tensor_model_parallel_region(gates._logits(x, gate.weight), group=gate.tp_group)
+    return copy_to_tensor_model_parallel_region(
+        gates.gate_logits(x, gate.weight), group=gate.tp_group
+    )
 
 
 def _layer_copies_routed_logits(gate: MoAGate, x: Tensor, routed: bool = False) -> Tensor:
@@ -51,6 +56,13 @@ def _layer_copies_routed_logits(gate: MoAGate, x: Tensor, routed: bool = False) 
 
 def _layer_copies_scalars(gate: MoAGate, x: Tensor, routed: bool = False) -> Tensor:
     return copy_to_tensor_model_parallel_region(gate.weight, group=gate.tp_group)
+
+
+def _grouped_copies_logits(gate: MoAGroupedGate, x: Tensor, counts: Sequence[int]) -> Tensor:
+    """As ``_expert_copies_logits``, for all experts of the rank."""
+    with mock.patch.object(grouped_linear, _COPY, lambda t, group: t):
+        logits = _right_grouped_forward(gate, x, counts)
+    return copy_to_tensor_model_parallel_region(logits, group=gate.groups.expt_tp)
 
 
 def _forward(wrong: Forward) -> Any:
@@ -85,6 +97,13 @@ WRONG: dict[str, Callable[[], Any]] = {
     "layer_as_expert": lambda: _marks(scope="layer", allreduce=False),
     "layer_copies_routed_logits": lambda: _forward(_layer_copies_routed_logits),
     "layer_copies_scalars": lambda: _forward(_layer_copies_scalars),
+    "grouped_no_copy": lambda: mock.patch.object(grouped_linear, _COPY, lambda t, group: t),
+    "grouped_copies_logits": lambda: mock.patch.object(
+        MoAGroupedGate, "forward", _grouped_copies_logits
+    ),
+    "grouped_unsaved": lambda: mock.patch.object(
+        MoAGroupedGate, "sharded_state_dict", lambda *_, **__: {}
+    ),
     "unsaved": lambda: mock.patch.object(MoAGate, "sharded_state_dict", lambda *_, **__: {}),
 }
 

@@ -226,7 +226,8 @@ def _vary_scalars(chunks: Chunks) -> None:
     """Learned coefficients start at 1, where a permutation of them would go unnoticed."""
     for gate in models.gates(chunks):
         if gate.moa.mixing == "la":
-            torch.nn.init.normal_(gate.weight.data, mean=1.0, std=0.3)
+            for scalars in gate.parameters():
+                torch.nn.init.normal_(scalars.data, mean=1.0, std=0.3)
 
 
 def save(model: Model, layout: Layout, initial: Tensors, path: str) -> list[str]:

@@ -228,3 +228,25 @@ def test_without_a_compiler(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) 
     nothing: Callable[[str], None] = lambda name: None  # noqa: E731
     monkeypatch.setattr(shutil, "which", nothing)
     assert "--moa-backend reference" in (cpu_op.unavailable() or "")
+
+
+def test_a_compiler_that_cannot_build_is_not_chosen(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = empty_cache / "broken"
+    compiler.write_text("#!/bin/sh\necho error: no such instruction >&2\nexit 3\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert "error: no such instruction" in (cpu_op.unavailable() or "")
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (empty_cache / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(empty_cache / "file"))
+    assert "XDG_CACHE_HOME" in (cpu_op.unavailable() or "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(empty_cache))
+    cpu_op.unavailable.cache_clear()
+    assert cpu_op.unavailable() is None
+    assert [path.name[:7] for path in cpu_op._cache().iterdir()] == ["probed-"]

@@ -206,3 +206,12 @@ def test_import_stays_light(module: str, absent: list[str]) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "", f"{module} imports {done.stdout}"
+
+
+def test_public_names_stay_what_they_are_after_their_modules_are_imported() -> None:
+    import moa_megatron
+    import moa_megatron.op
+
+    for _ in range(2):
+        assert moa_megatron.mixture is moa_megatron.op.mixture
+        assert moa_megatron.MoAConfig is MoAConfig

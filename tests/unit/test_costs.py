@@ -8,8 +8,9 @@ import torch
 
 from tests.helpers import isolated
 
-PAPER = {"dense-0.12b": 119_744_256, "moe-2b": 1_996_574_720}
-GATES = {"dense-0.12b": 6 * 14 * 768, "moe-2b": 15 * 10 * 1280}
+PAPER = {"dense-0.12b": 119_744_256, "dense-0.5b": 482_696_960, "moe-2b": 1_996_574_720}
+ALIGNED = {"dense-0.5b": 485_669_120, "moe-2b": 2_078_309_120}
+GATES = {"dense-0.12b": 6 * 14 * 768, "dense-0.5b": 18 * 14 * 1280, "moe-2b": 15 * 10 * 1280}
 
 
 def prepared(recipe: str, *words: str) -> Any:
@@ -64,6 +65,14 @@ def check_paper_totals_are_exact() -> None:
             assert (fixed.total, fixed.gates) == (total, 0), recipe
             moa = assert_counts(prepared(recipe, "--moa-model", model))
             assert (moa.total, moa.gates) == (total + GATES[recipe], GATES[recipe]), recipe
+
+
+def check_aligned_widths() -> None:
+    for recipe, total in ALIGNED.items():
+        run = prepared(recipe, "--moa-align", "64")
+        widths = (run.args.ffn_hidden_size, run.args.moe_ffn_hidden_size)
+        assert widths == (3456, 896 if recipe == "moe-2b" else None)
+        assert assert_counts(run).total - GATES[recipe] == total
 
 
 def check_active_parameters_of_moe_2b() -> None:

@@ -60,7 +60,10 @@ def fresh_caches() -> Iterator[None]:
 
 
 # Tests of the op around its implementations; one configuration is built once per machine.
-BACKENDS = ["reference", "compiled"]
+needs_compiler = pytest.mark.skipif(
+    cpu_op.unavailable() is not None, reason=f"the compiled backend: {cpu_op.unavailable()}"
+)
+BACKENDS = ["reference", pytest.param("compiled", marks=needs_compiler)]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -321,6 +324,7 @@ def _logged(caplog: pytest.LogCaptureFixture, config: MoAConfig, times: int = 1)
     return record.getMessage()
 
 
+@needs_compiler
 def test_automatic_choice_is_the_kernel_and_is_logged_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -402,6 +406,7 @@ def test_activation_recompute_gives_the_same_bits(backend: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
+@needs_compiler
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("mixing", ["moa", "la"])
 def test_operators_keep_what_torch_expects_of_them(mixing: Any, weighted: bool) -> None:

@@ -39,7 +39,7 @@ def found(node: Any, seen: set[int] | None = None) -> list[str]:
 
 
 MOE_NAMES = ["MoELayer", "SequentialMLP", "_build_shared_experts"]
-MOA_NAMES = ["MoALayer", "MoASequentialMLP", "build_shared_experts"]
+MOA_NAMES = ["MoALayer", "build_experts", "build_shared_experts"]
 
 
 def check_every_local_specification() -> None:
@@ -121,15 +121,16 @@ def check_refusals() -> None:
 
 def check_gate_of_an_expert_without_tokens() -> None:
     megatron()
-    from moa_megatron.gates import _logits
+    from moa_megatron.gates import gate_logits
 
     weight = torch.randn(14, 8, requires_grad=True)
-    logits = _logits(torch.zeros(0, 8), weight)
+    logits = gate_logits(torch.zeros(0, 8), weight)
     assert logits.shape == (0, 14) and logits.dtype == torch.float32
     logits.sum().backward()
     assert weight.grad is not None and not weight.grad.any()
     assert (
-        _logits(torch.zeros(2, 8, dtype=torch.bfloat16), weight.bfloat16()).dtype == torch.float32
+        gate_logits(torch.zeros(2, 8, dtype=torch.bfloat16), weight.bfloat16()).dtype
+        == torch.float32
     )
 
 

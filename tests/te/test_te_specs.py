@@ -221,7 +221,7 @@ def failures() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_specs(failures: dict[str, str], name: str) -> None:
+def test_te_specs(failures: dict[str, str], name: str) -> None:
     if "grouped" in name and not GROUPED:
         pytest.skip("needs moa_megatron/grouped.py")
     assert not failures[name], failures[name]
