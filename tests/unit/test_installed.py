@@ -1,8 +1,10 @@
 """What stands beside Megatron: each reason against it, and its cure."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +12,13 @@ import torch
 from moa_megatron import host, installed
 
 FOLDERS = {"toolkit": ("lib",), "nvidia": ("multi_tensor_apply", "optimizers")}
+
+
+@pytest.fixture(autouse=True)
+def modules() -> Iterator[None]:
+    """Forgets the packages that a test has made up."""
+    with mock.patch.dict(sys.modules):
+        yield
 
 
 def put_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> Path:
