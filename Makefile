@@ -2,7 +2,7 @@
 PY = .venv/bin/python
 PYTEST = PYTHONPATH=. CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -q
 
-.PHONY: setup test check unit parallel kernels interpreted e2e slow compare bench
+.PHONY: setup test check unit parallel kernels interpreted e2e te slow compare bench
 
 setup:
 	@./launch/setup.sh
@@ -30,6 +30,9 @@ interpreted: setup  ## Triton's kernels run on the CPU by its interpreter
 
 e2e: setup
 	$(PYTEST) tests/e2e -m "not slow and not gpu"
+
+te: setup  ## Transformer Engine's classes without a GPU; skips where its overlay is missing
+	$(PYTEST) tests/te
 
 slow: interpreted  ## what make test leaves out: interpreted kernels, golden losses, launcher from scratch
 	$(PYTEST) tests -m "slow and not gpu"

@@ -168,6 +168,28 @@ def differences(args: argparse.Namespace, saved: Any) -> list[str]:
     ]
 
 
+def moe_norm_has_dense_name(args: argparse.Namespace) -> bool:
+    """Whether the checkpoint to load names the norms of MoE layers like those of dense layers.
+
+    Megatron's local GPT layers do, and so did MoA's first version on them; a run that starts from
+    such a checkpoint keeps the names, so that its own checkpoints agree with its optimiser's state.
+    """
+    from megatron.core.dist_checkpointing import check_is_distributed_checkpoint
+    from megatron.core.dist_checkpointing.serialization import load_tensors_metadata
+
+    if args.load is None or args.num_experts is None:
+        return False
+    tracker = Path(args.load) / "latest_checkpointed_iteration.txt"
+    step = str(args.ckpt_step or (tracker.read_text("utf-8").strip() if tracker.is_file() else ""))
+    folder = Path(args.load, f"iter_{int(step):07d}" if step.isdigit() else step)
+    if not step or not check_is_distributed_checkpoint(str(folder)):
+        return False
+    names = set(load_tensors_metadata(str(folder)))
+    routers = [name for name in names if name.endswith(".mlp.router.weight")]
+    dense = [name.replace(".router.", ".linear_fc1.layer_norm_") for name in routers]
+    return any(name in names for name in dense)
+
+
 def _layers(args: Any) -> Any:
     pattern = getattr(args, "hybrid_layer_pattern", None)
     if pattern:

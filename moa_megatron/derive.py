@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
 
+from moa_megatron import installed
 from moa_megatron.config import MoAConfig
 from moa_megatron.costs import moe_blocks
 from moa_megatron.recipes import RefusedError
@@ -110,26 +110,24 @@ def _blocks_per_stage(args: argparse.Namespace, blocks: list[str]) -> int:
 
 
 def modules(args: argparse.Namespace, given: set[str]) -> None:
-    """Megatron's local modules, without the fusions whose extensions are not installed.
+    """Transformer Engine's modules where they can run, else Megatron's local ones.
 
     Upstream's default is Transformer Engine, and its fusions are on whether or not they exist here.
     """
     if "transformer_impl" not in given:
-        args.transformer_impl = "local"
-    if args.transformer_impl != "local":
-        return
-    for name, off, extension in (
-        ("gradient_accumulation_fusion", False, "fused_weight_gradient_mlp_cuda"),
-        ("masked_softmax_fusion", False, "scaled_upper_triang_masked_softmax_cuda"),
-        ("apply_rope_fusion", False, "transformer_engine"),
-        ("no_persist_layer_norm", True, "apex.normalization"),
+        engine = installed.transformer_engine_problem() is None
+        args.transformer_impl = "transformer_engine" if engine else "local"
+    local = args.transformer_impl == "local"
+    if not local and args.num_experts is not None and "moe_grouped_gemm" not in given:
+        args.moe_grouped_gemm = True
+    for name, off, extension, also_with_engine in (
+        # Megatron's own output layer asks for it, whatever computes the rest.
+        ("gradient_accumulation_fusion", False, "fused_weight_gradient_mlp_cuda", True),
+        ("masked_softmax_fusion", False, "scaled_upper_triang_masked_softmax_cuda", False),
+        ("apply_rope_fusion", False, "transformer_engine", False),
+        ("no_persist_layer_norm", True, "apex.normalization", False),
     ):
-        if name not in given and not _importable(extension):
+        if name in given or installed.importable(extension):
+            continue
+        if local or also_with_engine:
             setattr(args, name, off)
-
-
-def _importable(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):  # a missing parent, or host mode hides it
-        return False

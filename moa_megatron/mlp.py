@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron.core.enums import Fp8Recipe
+from megatron.core.extensions.transformer_engine import set_save_original_input
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import nvtx_range_pop, nvtx_range_push
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from moa_megatron.config import MoAConfig
 from moa_megatron.gates import MoAGate, Scope
+from moa_megatron.layers import refuse_norm_in_fc1
 from moa_megatron.op import mixture
 
 
@@ -48,6 +51,10 @@ class MoAMLP(MLP):
         check_gated(config, moa)
         width = ffn_hidden_size if ffn_hidden_size is not None else config.ffn_hidden_size
         super().__init__(config, submodules, is_expert, input_size, width, tp_group, name)
+        if hasattr(self.linear_fc1, "layer_norm_weight"):
+            raise refuse_norm_in_fc1(type(self.linear_fc1).__name__)
+        if moa.mixing == "moa" and not self._recomputes_input(is_expert):
+            _save_input_once(config, self.linear_fc1)
         self.moa, self.is_expert = moa, is_expert
         if owns_gate is None:
             owns_gate = getattr(self, "_owns_gate", True)
@@ -84,6 +91,10 @@ class MoAMLP(MLP):
             name=name,
             moa=moa,
         )
+
+    def _recomputes_input(self, is_expert: bool) -> bool:
+        """Whether selective recomputation drops the FFN input, so that nothing keeps it."""
+        return _recomputes(self.config, "moe" if is_expert else "mlp")
 
     def share_gate(self, gate: MoAGate) -> None:
         """Use the gate of the MoE layer; it stays that layer's parameter, not this module's."""
@@ -141,6 +152,27 @@ class MoASharedExpertMLP(SharedExpertMLP, MoAMLP):
             pg_collection=pg_collection,
             name=name,
         )
+
+    def _recomputes_input(self, is_expert: bool) -> bool:
+        del is_expert
+        return _recomputes(self.config, "shared_experts")
+
+
+def _recomputes(config: TransformerConfig, module: str) -> bool:
+    return config.recompute_granularity == "selective" and module in (
+        config.recompute_modules or ()
+    )
+
+
+def _save_input_once(config: TransformerConfig, linear: nn.Module) -> None:
+    """Lets fc1 keep the high-precision input that the gates keep anyway, not a quantised copy too.
+
+    As Megatron does for shared experts, whose input its router keeps. Transformer Engine refuses
+    it under delayed scaling.
+    """
+    quantises = bool(config.fp8) and config.fp8_recipe != Fp8Recipe.delayed
+    if (quantises or config.fp4) and hasattr(linear, "save_original_input"):
+        set_save_original_input(linear)
 
 
 def check_gated(config: TransformerConfig, moa: MoAConfig) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.pipeline_parallel.utils import (
     is_pp_first_stage,
@@ -27,7 +30,9 @@ from megatron.training.models.gpt import (
 from megatron.training.models.hybrid import HybridModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
+from moa_megatron.checkpoints import moe_norm_has_dense_name
 from moa_megatron.config import MoAConfig
+from moa_megatron.layers import forget_norm_states
 from moa_megatron.local_specs import local_hybrid_stack_spec
 from moa_megatron.specs import with_moa
 
@@ -38,6 +43,7 @@ class MoAGPTModelConfig(GPTModelConfig):
 
     builder: ClassVar[str] = "moa_megatron.models.MoAGPTModelBuilder"
     moa: MoAConfig | None = None
+    moe_norm_has_dense_name: bool = False
 
 
 class MoAGPTModelBuilder(GPTModelBuilder):
@@ -54,6 +60,9 @@ class MoAGPTModelBuilder(GPTModelBuilder):
         config: Any = self._model_config
         spec = self._layer_spec(vp_stage)
         mtp_spec = mtp_block_spec(config, spec, vp_stage=vp_stage)
+        exchange = partial(
+            with_moa, config=config.moa, moe_norm_has_dense_name=config.moe_norm_has_dense_name
+        )
         vp_size = config.virtual_pipeline_model_parallel_size
         if pre_process is None:
             first_chunk = is_vp_first_stage(vp_stage=vp_stage, vp_size=vp_size)
@@ -63,8 +72,8 @@ class MoAGPTModelBuilder(GPTModelBuilder):
             post_process = last_chunk and is_pp_last_stage(pg_collection.pp)
         return GPTModel(
             config=config.transformer,
-            transformer_layer_spec=with_moa(spec, config.moa),
-            mtp_block_spec=None if mtp_spec is None else with_moa(mtp_spec, config.moa),
+            transformer_layer_spec=exchange(spec),
+            mtp_block_spec=None if mtp_spec is None else exchange(mtp_spec),
             vocab_size=_padded_vocab(config),
             max_sequence_length=config.seq_length,
             fp16_lm_cross_entropy=config.fp16_lm_cross_entropy,
@@ -113,6 +122,8 @@ def model_config(args: argparse.Namespace, moa: MoAConfig) -> HybridModelConfig 
     config = _gpt_config(args, moa) if args.moa_model == "gpt" else _hybrid_config(args, moa)
     if not args.moa_scaled_init:
         config.transformer.output_layer_init_method = config.transformer.init_method
+    if moa.mixing != "fixed":
+        config.pre_wrap_hooks.append(forget_norm_states)
     return config
 
 
@@ -121,6 +132,7 @@ def _gpt_config(args: argparse.Namespace, moa: MoAConfig) -> GPTModelConfig:
         return gpt_config_from_args(args)
     config = gpt_config_from_args(args, model_config_cls=MoAGPTModelConfig)
     config.moa = moa
+    config.moe_norm_has_dense_name = moe_norm_has_dense_name(args)
     return config
 
 
@@ -129,6 +141,25 @@ def _hybrid_config(args: argparse.Namespace, moa: MoAConfig) -> HybridModelConfi
     base = config.hybrid_stack_spec
     if base is None:
         local = args.transformer_impl == "local"
-        base = local_hybrid_stack_spec() if local else hybrid_stack_spec
-    config.hybrid_stack_spec = with_moa(base, moa)
+        base = local_hybrid_stack_spec() if local else engine_hybrid_stack_spec(args)
+    old_names = moa.mixing != "fixed" and moe_norm_has_dense_name(args)
+    config.hybrid_stack_spec = with_moa(base, moa, old_names)
     return config
+
+
+def engine_hybrid_stack_spec(args: argparse.Namespace) -> ModuleSpec:
+    """Upstream's stack on Transformer Engine; it groups experts whatever ``moe_grouped_gemm`` says.
+
+    Without that argument, the same stack with sequential experts.
+    """
+    if args.moe_grouped_gemm:
+        return hybrid_stack_spec
+    # Any positive number of experts selects the MoE module; the config's number counts.
+    moe = get_moe_module_spec(use_te=True, num_experts=1, moe_grouped_gemm=False)
+    stack = hybrid_stack_spec.submodules
+    layer = stack.moe_layer
+    submodules = dataclasses.replace(layer.submodules, mlp=moe)
+    layer = ModuleSpec(layer.module, layer.params, submodules, layer.metainfo)
+    stack = dataclasses.replace(stack, moe_layer=layer)
+    whole = hybrid_stack_spec
+    return ModuleSpec(whole.module, whole.params, stack, whole.metainfo)

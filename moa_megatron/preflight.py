@@ -6,36 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from moa_megatron import token_files
+from moa_megatron import flags, token_files
 from moa_megatron.config import MoAConfig
-
-# Upstream arguments that MoA cannot honour: a predicate on their value, and the reason.
-_FUSED = "it fuses fc1, activation and fc2 in one operator, so the activation would not be MoA's"
-_CHANGES_ACTIVATION = "it changes the activation itself, which MoA replaces"
-FORBIDDEN: dict[str, str] = {
-    "use_transformer_engine_op_fuser": _FUSED,
-    "use_grouped_gemm_for_dense_mlp": _FUSED,
-    "use_grouped_gemm_for_shared_expert": _FUSED,
-    "moe_single_grouped_weight": _FUSED,
-    "moe_paged_stash": _FUSED,
-    "moe_expert_rank_capacity_factor": _FUSED,
-    "use_te_activation_func": _CHANGES_ACTIVATION,
-    "activation_func_clamp_value": _CHANGES_ACTIVATION,
-    "glu_linear_offset": _CHANGES_ACTIVATION,
-    "quick_geglu": _CHANGES_ACTIVATION,
-    "squared_relu": _CHANGES_ACTIVATION,
-    "use_fused_weighted_squared_relu": _CHANGES_ACTIVATION,
-    "moe_mlp_glu_interleave_size": "it interleaves y and z in fc1's columns",
-    "moe_shared_expert_glu_interleave_size": "it interleaves y and z in fc1's columns",
-    "moe_apply_probs_on_input": "the gates would read inputs scaled by routing probabilities",
-    "moe_shared_expert_overlap": "its overlapped path computes the activation in its own code",
-    "inference_fuse_tp_communication": "its fused MLP knows no gates",
-    "use_kitchen": "its MLP classes know no gates",
-    "use_megatron_fsdp": "its checkpoint format cannot tell the gates of different experts apart",
-    "decoupled_lr": "Megatron marks gates like embeddings, to keep them on AdamW under Muon, "
-    "and would give them the decoupled rate too",
-}
-
 
 # Upstream arguments that this entry point does not serve, whatever the FFN.
 UNSERVED: dict[str, str] = {
@@ -50,9 +22,9 @@ UNSERVED: dict[str, str] = {
 
 def check(args: argparse.Namespace, moa: MoAConfig) -> list[str]:
     """All violations of layout, upstream flags and data that can be seen before building."""
-    problems = layout_problems(args)
+    problems = layout_problems(args) + flags.machine_problems(args)
     if moa.mixing != "fixed":
-        problems += flag_problems(args, moa)
+        problems += flags.problems(args, moa)
     problems += [
         f"--{name.replace('_', '-')}: {what} is not served by this entry point; leave it out"
         for name, what in UNSERVED.items()
@@ -60,32 +32,6 @@ def check(args: argparse.Namespace, moa: MoAConfig) -> list[str]:
     ]
     problems += schedule_problems(args)
     return problems + data_problems(args)
-
-
-def flag_problems(args: argparse.Namespace, moa: MoAConfig) -> list[str]:
-    """Upstream flags that contradict MoA (upstream keeps their meaning with mixing=fixed)."""
-    problems = []
-    for name, reason in FORBIDDEN.items():
-        value = getattr(args, name, None)
-        if value:
-            flag = "--" + name.replace("_", "-")
-            problems.append(f"{flag} ({value}) cannot go with MoA: {reason}; leave it out")
-    if args.transformer_impl != "local":
-        problems.append(
-            f"--transformer-impl {args.transformer_impl} cannot go with MoA in this version: gates "
-            "need the normalised input, which its fused norm hides; use --transformer-impl local"
-        )
-    if args.moe_latent_size and moa.gate_scope == "layer":
-        problems.append(
-            f"--moe-latent-size={args.moe_latent_size} with --moa-gate-scope layer: routed experts "
-            "see latent vectors, shared experts do not; use --moa-gate-scope expert"
-        )
-    if args.overlap_moe_expert_parallel_comm:
-        problems.append(
-            "--overlap-moe-expert-parallel-comm cannot go with MoA in this version: it frees the "
-            "input that the gates keep for their gradient; leave it out"
-        )
-    return problems
 
 
 def schedule_problems(args: argparse.Namespace) -> list[str]:

@@ -16,14 +16,18 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT = 300
 
 
-def outcomes(file: str, checks: list[str], ranks: int = 1) -> dict[str, str]:
+def outcomes(
+    file: str, checks: list[str], ranks: int = 1, variables: dict[str, str] | None = None
+) -> dict[str, str]:
     """The failures of the functions `checks` of a test file: by name a traceback, or ''.
 
     With several ranks each check runs on all of them, over gloo, and one failure is enough.
+    `variables` join the environment of the process.
     """
     module = ".".join(Path(file).resolve().relative_to(ROOT).with_suffix("").parts)
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        environment |= variables or {}
         processes = [
             subprocess.Popen(
                 [sys.executable, "-W", "ignore", "-m", __name__, module, folder]

@@ -100,14 +100,18 @@ def check_settings_of_the_method() -> None:
 
 
 def check_upstream_flags_that_moa_cannot_honour() -> None:
-    from moa_megatron import preflight
+    from moa_megatron import flags, preflight
 
     with refused("--moe-shared-expert-overlap", "leave it out", "--squared-relu", "--quick-geglu"):
         args_of("--moe-shared-expert-overlap", "--squared-relu", "--quick-geglu")
     with refused("--decoupled-lr", "AdamW under Muon"):
         args_of("--decoupled-lr", "1e-3")
-    with refused("--transformer-impl transformer_engine", "use --transformer-impl local"):
+    with refused("--transformer-impl inference_optimized cannot go with MoA"):
+        args_of("--transformer-impl", "inference_optimized")
+    with refused("transformer_engine cannot run here: it needs a CUDA device", "impl local"):
         args_of("--transformer-impl", "transformer_engine")
+    with refused("has a layer M, which Megatron has on Transformer Engine only"):
+        args_of("--hybrid-layer-pattern", "M*-", "--moa-mixing", "fixed")
     with refused("--moe-latent-size=8 with --moa-gate-scope layer", "use --moa-gate-scope expert"):
         args_of("--moe-latent-size", "8")
     with refused("--sft: supervised fine-tuning data is not served"):
@@ -115,7 +119,7 @@ def check_upstream_flags_that_moa_cannot_honour() -> None:
     with refused("Megatron refuses these arguments", "nonsense"):
         args_of("--recompute-granularity", "selective", "--recompute-modules", "nonsense")
     known = vars(args_of())
-    absent = [n for n in (*preflight.FORBIDDEN, *preflight.UNSERVED) if n not in known]
+    absent = [n for n in (*flags.FORBIDDEN, *preflight.UNSERVED) if n not in known]
     # The flag exists where the kitchen library is installed; any other absence is a typing error.
     assert set(absent) <= {"use_kitchen"}, absent
 

@@ -92,7 +92,7 @@ def check_module_spec_of_mlp_is_accepted() -> None:
 def check_refusals() -> None:
     megatron()
     from megatron.core.transformer.mlp import MLP
-    from megatron.core.transformer.moe.experts import InferenceGroupedMLP, TEGroupedMLP
+    from megatron.core.transformer.moe.experts import InferenceGroupedMLP
     from megatron.core.transformer.moe.moe_layer import MoELayer
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -105,7 +105,6 @@ def check_refusals() -> None:
 
     unknown: list[Any] = [
         partial(OwnMLP.as_mlp_submodule),
-        partial(TEGroupedMLP),
         partial(InferenceGroupedMLP),
         ModuleSpec(OwnMLP),
         ModuleSpec(MoELayer),

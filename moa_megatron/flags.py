@@ -1,0 +1,107 @@
+"""Upstream flags that contradict MoA or the machine; docs/megatron.md has the table of features."""
+
+from __future__ import annotations
+
+import argparse
+
+from moa_megatron import installed
+from moa_megatron.config import MoAConfig
+
+# Upstream arguments that MoA cannot honour: a predicate on their value, and the reason.
+_FUSED = "it fuses fc1, activation and fc2 in one operator, so the activation would not be MoA's"
+_CHANGES_ACTIVATION = "it changes the activation itself, which MoA replaces"
+FORBIDDEN: dict[str, str] = {
+    "use_transformer_engine_op_fuser": _FUSED,
+    "use_grouped_gemm_for_dense_mlp": _FUSED,
+    "use_grouped_gemm_for_shared_expert": _FUSED,
+    "moe_single_grouped_weight": _FUSED,
+    "moe_paged_stash": _FUSED,
+    "moe_expert_rank_capacity_factor": _FUSED,
+    "use_te_activation_func": _CHANGES_ACTIVATION,
+    "activation_func_clamp_value": _CHANGES_ACTIVATION,
+    "glu_linear_offset": _CHANGES_ACTIVATION,
+    "quick_geglu": _CHANGES_ACTIVATION,
+    "squared_relu": _CHANGES_ACTIVATION,
+    "use_fused_weighted_squared_relu": _CHANGES_ACTIVATION,
+    "moe_mlp_glu_interleave_size": "it interleaves y and z in fc1's columns",
+    "moe_shared_expert_glu_interleave_size": "it interleaves y and z in fc1's columns",
+    "moe_apply_probs_on_input": "the gates would read inputs scaled by routing probabilities",
+    "moe_shared_expert_overlap": "its overlapped path computes the activation in its own code",
+    "inference_fuse_tp_communication": "its fused MLP knows no gates",
+    "use_kitchen": "its MLP classes know no gates",
+    "use_megatron_fsdp": "its checkpoint format cannot tell the gates of different experts apart",
+    "decoupled_lr": "Megatron marks gates like embeddings, to keep them on AdamW under Muon, "
+    "and would give them the decoupled rate too",
+}
+# Layers of HybridModel beyond attention, MLP and MoE, and the package that computes each.
+_SPECIAL_LAYERS = {"M": "mamba_ssm", "G": "fla", "D": None, "+": None}
+
+
+def problems(args: argparse.Namespace, moa: MoAConfig) -> list[str]:
+    """Upstream flags that contradict MoA (upstream keeps their meaning with mixing=fixed)."""
+    found = []
+    for name, reason in FORBIDDEN.items():
+        value = getattr(args, name, None)
+        if value:
+            flag = "--" + name.replace("_", "-")
+            found.append(f"{flag} ({value}) cannot go with MoA: {reason}; leave it out")
+    if args.transformer_impl not in ("local", "transformer_engine"):
+        found.append(
+            f"--transformer-impl {args.transformer_impl} cannot go with MoA: its FFNs are made "
+            "for inference and know no gates; use --transformer-impl transformer_engine or local"
+        )
+    if args.moe_latent_size and moa.gate_scope == "layer":
+        found.append(
+            f"--moe-latent-size={args.moe_latent_size} with --moa-gate-scope layer: routed experts "
+            "see latent vectors, shared experts do not; use --moa-gate-scope expert"
+        )
+    return found + _expert_overlap_problems(args)
+
+
+def _expert_overlap_problems(args: argparse.Namespace) -> list[str]:
+    """The schedule that overlaps expert communication frees FFN inputs it takes for copied."""
+    if not args.overlap_moe_expert_parallel_comm:
+        return []
+    flag, found = "--overlap-moe-expert-parallel-comm", []
+    if args.transformer_impl != "transformer_engine":
+        found.append(
+            f"{flag} with MoA needs --transformer-impl transformer_engine: add it, or leave it out"
+        )
+    if args.moa_model != "gpt":
+        found.append(f"{flag}: HybridModel has no schedule for it; add --moa-model gpt")
+    for name in ("fp8", "fp4"):
+        if getattr(args, name, None):
+            found.append(
+                f"{flag} with --{name.replace('_', '-')} cannot go with MoA: it frees the input "
+                "that the gates keep for their gradient; leave one of them out"
+            )
+    backend = args.moe_flex_dispatcher_backend
+    if args.moe_token_dispatcher_type == "flex" and backend in ("hybridep", "ncclep"):
+        found.append(
+            f"{flag} with --moe-flex-dispatcher-backend {backend} is untried with MoA: experts "
+            "read the very tensor it may free; use --moe-token-dispatcher-type alltoall"
+        )
+    return found
+
+
+def machine_problems(args: argparse.Namespace) -> list[str]:
+    """What the chosen modules need and this machine lacks, whatever the FFN."""
+    found = []
+    apex = installed.apex_problem()
+    if apex is not None:
+        found.append(apex)
+    engine = args.transformer_impl == "transformer_engine"
+    reason = installed.transformer_engine_problem() if engine else None
+    if reason is not None:
+        found.append(f"--transformer-impl transformer_engine cannot run here: {reason}")
+    for symbol in sorted(set(args.hybrid_layer_pattern or "").intersection(_SPECIAL_LAYERS)):
+        package = _SPECIAL_LAYERS[symbol]
+        what = f"--hybrid-layer-pattern has a layer {symbol}"
+        if not engine:
+            found.append(
+                f"{what}, which Megatron has on Transformer Engine only; local modules build *, - "
+                "and E: use --transformer-impl transformer_engine"
+            )
+        elif package is not None and not installed.importable(package):
+            found.append(f"{what}, which needs the package {package}: install it")
+    return found

@@ -1,0 +1,88 @@
+"""The entry point on Transformer Engine: what it derives, builds and accepts. Nothing runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from moa_megatron import recipes
+from tests.helpers import isolated, te, tiny
+from tests.unit.test_features import rows
+
+GROUPED = importlib.util.find_spec("moa_megatron.grouped") is not None
+SEQUENTIAL = ("--set", "moe_grouped_gemm=false")
+
+
+def prepare(*words: str, world: int = 1) -> Any:
+    from moa_megatron import launch
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(
+            os.environ, {"WORLD_SIZE": str(world), "RANK": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+        ),
+    ):
+        argv = [*words, "--run-dir", f"{folder}/run", "--mock-data", "--use-cpu-initialization"]
+        return launch.prepare(recipes.parse_command_line(argv), [])
+
+
+def check_entry_point_builds_on_the_engine() -> None:
+    tiny.start()
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    for words, expected in (
+        (("tiny-dense",), {"MoAMLP", "TEColumnParallelLinear", "HybridStack"}),
+        (("tiny-dense", "--moa-model", "gpt"), {"MoAMLP", "TEColumnParallelLinear", "GPTModel"}),
+        (("tiny-moe", *SEQUENTIAL), {"MoASequentialMLP", "MoASharedExpertMLP", "HybridStack"}),
+        (("tiny-moe", "--moa-mixing", "fixed"), {"TEGroupedMLP", "SharedExpertMLP"}),
+    ):
+        run = prepare(*words)
+        assert run.args.transformer_impl == "transformer_engine", "the default where it runs"
+        assert run.args.moe_grouped_gemm == (expected >= {"TEGroupedMLP"})
+        assert not run.args.gradient_accumulation_fusion, "Megatron's output layer lacks it"
+        run.config.vocab_size = 64
+        builder = run.config.get_builder_cls()(run.config)
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        built = builder.build_model(groups, pre_process=True, post_process=True)
+        assert {type(module).__name__ for module in built.modules()} >= expected
+        names = [hook.__name__ for hook in run.config.pre_wrap_hooks]
+        assert names == ([] if run.moa.mixing == "fixed" else ["forget_norm_states"])
+    assert not prepare("tiny-moe", "--transformer-impl", "local").args.moe_grouped_gemm
+
+
+def check_megatron_accepts_what_the_table_calls_built() -> None:
+    """Megatron's validation, on four processes; the flags of a row are all that a user adds."""
+    tiny.start()
+    refused = {}
+    for feature, words, _, engine in rows():
+        grouped = "--moe-grouped-gemm" in words
+        if engine == "refused" or (grouped and not GROUPED):
+            continue
+        small = ("--micro-batch-size", "2", "--bf16", *(() if grouped else SEQUENTIAL))
+        try:
+            prepare("tiny-moe", *words, *small, world=4)
+        except recipes.RefusedError as error:
+            refused[feature] = str(error)
+    assert not refused, refused
+
+
+CHECKS = [name for name in globals() if name.startswith("check_")]
+
+
+@pytest.fixture(scope="module")
+def failures() -> dict[str, str]:
+    try:
+        variables = te.environment()
+    except te.Missing as missing:
+        pytest.skip(f"Transformer Engine on a CPU needs {missing}")
+    return isolated.outcomes(__file__, CHECKS, variables=variables)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_entry(failures: dict[str, str], name: str) -> None:
+    assert not failures[name], failures[name]
