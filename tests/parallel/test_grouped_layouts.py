@@ -133,7 +133,7 @@ def marks_case(model: Model, layout: Layout) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("layout", [ONE_RANK, ETP2, EP2_ETP1], ids=["1", "etp2", "ep2_etp1"])
 def test_parameters_are_marked_as_sequential_ones(bench: Bench, layout: Layout) -> None:
-    case = "tests.parallel.test_grouped:marks_case"
+    case = "tests.parallel.test_grouped_layouts:marks_case"
     sequential = bench.pool.run(case, layout.ranks, model=EXPERT, layout=layout)
     found = bench.pool.run(case, layout.ranks, model=grouped(EXPERT), layout=layout)
     assert found == sequential
