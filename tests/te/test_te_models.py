@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import tempfile
 from collections.abc import Callable
@@ -274,7 +273,6 @@ def check_fc1_keeps_the_input_that_gates_keep() -> None:
 
 
 CHECKS = [name for name in globals() if name.startswith("check_")]
-GROUPED = importlib.util.find_spec("moa_megatron.grouped") is not None
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +289,4 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_models(failures: dict[str, str], name: str) -> None:
-    if "grouped" in name and not GROUPED:
-        pytest.skip("needs moa_megatron/grouped.py")
     assert not failures[name], failures[name]

@@ -1,14 +1,7 @@
-"""Grouped experts on Transformer Engine's layers, as far as that goes without a GPU.
-
-Runs where Transformer Engine can be imported, or where MOA_TE_OVERLAY names a folder that holds it;
-a folder ``stub`` in there may hold a libcuda.so.1 for hosts without a driver.
-"""
+"""Grouped experts on Transformer Engine's layers, as far as that goes without a GPU."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -17,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from moa_megatron.config import MoAConfig
-from tests.helpers import isolated
+from tests.helpers import isolated, te
 from tests.helpers.experts import global_tensors
 
 EXPERTS, WIDTH = 4, 32
@@ -134,17 +127,11 @@ CHECKS = [name for name in globals() if name.startswith("check_")]
 
 @pytest.fixture(scope="module")
 def failures() -> dict[str, str]:
-    overlay = os.environ.get("MOA_TE_OVERLAY")
-    if overlay is None and importlib.util.find_spec("transformer_engine") is None:
-        pytest.skip("needs Transformer Engine: install it, or set MOA_TE_OVERLAY to its folder")
-    if overlay is None:
-        return isolated.outcomes(__file__, CHECKS)
-    if not Path(overlay, "transformer_engine").is_dir():
-        pytest.skip(f"MOA_TE_OVERLAY={overlay} holds no transformer_engine")
-    paths = {"PYTHONPATH": overlay, "LD_LIBRARY_PATH": f"{overlay}/stub"}
-    merged = {name: f"{path}:{os.environ.get(name, '')}" for name, path in paths.items()}
-    with mock.patch.dict(os.environ, merged):
-        return isolated.outcomes(__file__, CHECKS)
+    try:
+        variables = te.environment()
+    except te.Missing as missing:
+        pytest.skip(f"Transformer Engine on a CPU needs {missing}")
+    return isolated.outcomes(__file__, CHECKS, variables=variables)
 
 
 @pytest.mark.parametrize("name", CHECKS)
