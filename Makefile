@@ -1,8 +1,9 @@
-# make test is the README's second command; CI (.ci/run) runs every target but bench and compare.
+# make test is the README's second command; CI (.ci/run) runs every target but gpu, bench
+# and compare.
 PY = .venv/bin/python
 PYTEST = PYTHONPATH=. CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -q
 
-.PHONY: setup test check unit parallel kernels interpreted e2e te slow compare bench
+.PHONY: setup test check unit parallel kernels interpreted e2e te slow gpu compare bench
 
 setup:
 	@./launch/setup.sh
@@ -36,6 +37,9 @@ te: setup  ## Transformer Engine's classes without a GPU; skips where its overla
 
 slow: interpreted  ## what make test leaves out: interpreted kernels, golden losses, launcher from scratch
 	$(PYTEST) tests -m "slow and not gpu"
+
+gpu: setup  ## on a GPU: kernels against the reference, then op and layer timed
+	./tools/gpu_check.sh
 
 compare: setup  ## baseline, LA, one, bi, qd on the tiny recipe: table and picture
 	$(PY) tools/compare_runs.py --train tiny-moe $(ARGS)

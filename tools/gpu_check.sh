@@ -22,7 +22,8 @@ part() { # NAME COMMAND...
   [ "$code" = 0 ] || failed=1
 }
 
-part tests "$python" -m pytest -q -p no:cacheprovider tests/kernels/triton
+part tests "$python" -m pytest -q -p no:cacheprovider \
+  tests/kernels/triton tests/kernels/test_grouped_gpu.py
 part op "$python" tools/bench.py --op --json "$out/op.json"
 part layer "$python" tools/bench.py --layer --json "$out/layer.json"
 exit "$failed"
