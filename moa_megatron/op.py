@@ -108,12 +108,14 @@ def _obstacle(backend: str, device: str, dtype: torch.dtype) -> str | None:
     if dtype not in _DTYPES:
         return f"{dtype} is served by 'reference' only"
     if backend == "triton":
-        from moa_megatron.kernels import triton_op
-
+        try:
+            from moa_megatron.kernels import triton_op
+        except ImportError as error:
+            return f"triton is not importable ({error}): install torch's own version of it"
         return triton_op.unavailable(device)
     from moa_megatron.kernels import cpu_op
 
-    return cpu_op.unavailable() if device == "cpu" else "it is for CPU tensors; use 'triton'"
+    return cpu_op.unavailable() if device == "cpu" else "it is for CPU tensors"
 
 
 def build(config: MoAConfig, device: str, dtype: torch.dtype) -> float:
@@ -218,6 +220,8 @@ def _check(
         problems.append("mixing='fixed' has no mixture: use Megatron's own MLP")
     if not preact.is_floating_point():
         problems.append(f"preact.dtype={preact.dtype}: must be a floating-point type")
+    if preact.shape[-1] == 0:
+        problems.append("preact has last dimension 0: an FFN has at least one column")
     if config.gated and preact.shape[-1] % 2:
         problems.append(f"preact has last dimension {preact.shape[-1]}: Type-II needs y and z, 2D")
     expected = (n,) if config.mixing == "la" else (*lead, n)
@@ -229,5 +233,8 @@ def _check(
         problems.append(
             f"token_weight has shape {tuple(token_weight.shape)}: expected {tuple(lead)}"
         )
+    for name, tensor in (("coefficients", coefficients), ("token_weight", token_weight)):
+        if tensor is not None and tensor.device != preact.device:
+            problems.append(f"{name} is on {tensor.device}, preact on {preact.device}: move one")
     if problems:
         raise ValueError("mixture: " + "; ".join(problems))

@@ -8,6 +8,7 @@ out=${1:-gpu-results}
 python=${PYTHON:-.venv/bin/python}
 [ -x "$python" ] || python=python3
 mkdir -p "$out"
+unset TRITON_INTERPRET # interpreted kernels would pass as evidence of a GPU
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 "$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"' || exit 78
 

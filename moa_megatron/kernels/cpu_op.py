@@ -50,7 +50,7 @@ def unavailable() -> str | None:
     if compiler is None:
         return f"no C++ compiler ($CXX, g++ or clang++) on PATH: {_FIX}"
     proof = _cache() / f"probed-{hashlib.sha256(_machine().encode()).hexdigest()[:32]}"
-    if proof.exists():
+    if proof.exists() and os.access(proof.parent, os.W_OK):
         return None
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
@@ -248,14 +248,20 @@ def _key(config: MoAConfig, machine: str) -> str:
 def _library(config: MoAConfig) -> ctypes.CDLL:
     """The loaded kernels of ``config``, built first where needed."""
     path = _path(config)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Of the ranks of a machine one compiles, the others wait for its library.
-        with open(path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():
-                _build(config, path)
-    return ctypes.CDLL(str(path))
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Of the ranks of a machine one compiles, the others wait for its library.
+            with open(path.with_suffix(".lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not path.exists():
+                    _build(config, path)
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise RuntimeError(
+            f"MoA kernels for the CPU: {error}; name a folder for written and loaded files "
+            "by XDG_CACHE_HOME, or run with --moa-backend reference"
+        ) from error
 
 
 def _build(config: MoAConfig, path: Path) -> None:

@@ -112,7 +112,13 @@ def parts(x, USED: tl.constexpr, PLAN: tl.constexpr):
     a = tl.abs(x)
     if USED[TAIL]:
         cdf = lower_tail(a, PLAN)
-    return x, tl.maximum(x, 0.0), a, sigmoid, cdf, tanh
+    return x, rectified(x), a, sigmoid, cdf, tanh
+
+
+@triton.jit
+def rectified(x):
+    """max(x, 0); NaN stays, as a diverged run must show."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -167,7 +173,7 @@ def mixed(c, x, PLAN: tl.constexpr):
             total = x * (c[SILU] * sigmoid + c[X])
         if PLAN.used[TANH]:
             total += c[TANH] * tanh
-    positive = tl.maximum(x, 0.0)
+    positive = rectified(x)
     if PLAN.used[RELU] and PLAN.used[RELU2]:
         total += positive * (c[RELU2] * positive + c[RELU])
     elif PLAN.used[RELU]:

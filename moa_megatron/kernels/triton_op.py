@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from typing import Any
+from typing import Any, overload
 
 import torch
 import triton
@@ -25,7 +26,7 @@ def unavailable(device: str) -> str | None:
     """Why these kernels cannot run on ``device``, with the fix, or None when they can."""
     if device == "cuda" or (device == "cpu" and INTERPRETED):
         return None
-    return "it needs CUDA tensors (on a CPU: TRITON_INTERPRET=1, for tests); use 'compiled'"
+    return "it needs CUDA tensors (on a CPU: TRITON_INTERPRET=1, for tests)"
 
 
 def tiling(width: int, itemsize: int, *strides_and_pointers: tuple[int, int]) -> dict[str, int]:
@@ -43,6 +44,7 @@ def forward(
     preact: Tensor, coefficients: Tensor, token_weight: Tensor | None, config: MoAConfig
 ) -> Tensor:
     """Hidden [N, D] from pre-activations [N, P], coefficients [N, n] or [n], token weights [N]."""
+    coefficients, token_weight = _walkable(coefficients), _walkable(token_weight)
     rows, width = len(preact), preact.shape[1] // (1 + config.gated)
     hidden = preact.new_empty(rows, width)
     if hidden.numel() == 0:
@@ -66,6 +68,7 @@ def backward(
     config: MoAConfig,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of pre-activations, coefficients and token weights, each in its input's dtype."""
+    coefficients, token_weight = _walkable(coefficients), _walkable(token_weight)
     rows, width = len(preact), preact.shape[1] // (1 + config.gated)
     learned = config.mixing == "la"
     grad_preact = preact.new_empty(preact.shape)
@@ -111,17 +114,31 @@ def _launch(
     def grid(meta: dict[str, int]) -> tuple[int]:
         return (triton.cdiv(rows, meta["ROWS"]),)
 
-    if INTERPRETED or rows < TUNING_ROWS:
-        shape = {"ROWS": DEFAULT[name], "num_warps": DEFAULT[name]}
-        getattr(triton_kernels, name)[grid](*tensors, *strides, **fixed, **shape)
-    else:
-        _tuned(name)[grid](*tensors, *strides, **fixed)
+    first = tensors[0]
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
+        if INTERPRETED or rows < TUNING_ROWS:
+            shape = {"ROWS": DEFAULT[name], "num_warps": DEFAULT[name]}
+            getattr(triton_kernels, name)[grid](*tensors, *strides, **fixed, **shape)
+        else:
+            _tuned(name)[grid](*tensors, *strides, **fixed)
 
 
 @functools.cache
 def _tuned(name: str) -> Any:
     kernel = getattr(triton_kernels, name)
     return triton.autotune(CHOICES, key=_KEY, cache_results=True)(kernel)
+
+
+@overload
+def _walkable(tensor: Tensor) -> Tensor: ...
+@overload
+def _walkable(tensor: None) -> None: ...
+def _walkable(tensor: Tensor | None) -> Tensor | None:
+    """The same values, the last dimension without gaps; kernels take a stride between rows only."""
+    if tensor is None or tensor.stride(-1) == 1:
+        return tensor
+    return tensor.contiguous()
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:

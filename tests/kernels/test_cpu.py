@@ -250,3 +250,12 @@ def test_a_cache_that_cannot_be_written_is_named(
     cpu_op.unavailable.cache_clear()
     assert cpu_op.unavailable() is None
     assert [path.name[:7] for path in cpu_op._cache().iterdir()] == ["probed-"]
+
+
+def test_a_cache_that_breaks_after_the_choice_is_named_with_the_cure(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (empty_cache / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(empty_cache / "file"))
+    with pytest.raises(RuntimeError, match="XDG_CACHE_HOME.*--moa-backend reference"):
+        cpu_op.prepare(FRESH)

@@ -260,6 +260,26 @@ def test_wrong_operands_are_named_together() -> None:
         mixture(torch.zeros(4, 6), torch.zeros(4, 14), MoAConfig(mixing="fixed"))
 
 
+def test_operands_on_two_devices_and_empty_widths_are_named() -> None:
+    config = MoAConfig(variant="bi")
+    with pytest.raises(ValueError, match="coefficients is on meta, preact on cpu"):
+        mixture(torch.zeros(4, 6), torch.zeros(4, 14, device="meta"), config)
+    with pytest.raises(ValueError, match="token_weight is on meta"):
+        mixture(torch.zeros(4, 6), torch.zeros(4, 14), config, torch.zeros(4, device="meta"))
+    with pytest.raises(ValueError, match="at least one column"):
+        mixture(torch.zeros(4, 0), torch.zeros(4, 14), config)
+
+
+def test_without_triton_a_gpu_takes_the_reference_and_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "moa_megatron.kernels.triton_op", None)
+    monkeypatch.delattr("moa_megatron.kernels.triton_op", raising=False)
+    assert resolve_backend("auto", "cuda", torch.bfloat16) == "reference"
+    with pytest.raises(ValueError, match="triton is not importable"):
+        resolve_backend("triton", "cuda", torch.bfloat16)
+
+
 def _mutants(operands: Operands, config: MoAConfig) -> Iterator[tuple[str, Tensor]]:
     """Outputs of plausible mistakes."""
     preact, coefficients, weight, _ = operands

@@ -145,9 +145,10 @@ def measured_errors(variants: tuple[Variant, ...], dtype: str) -> dict[str, dict
     Raises:
         RuntimeError: with the interpreter's output, if it failed.
     """
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, __file__, dtype, *variants],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
     )

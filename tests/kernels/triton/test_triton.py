@@ -193,6 +193,31 @@ def test_strided_input_and_expanded_gradient(variant: Any) -> None:
     assert torch.equal(summed, torch.autograd.grad(hidden, preact, ones)[0])
 
 
+@variants
+@pytest.mark.parametrize("mixing", ["moa", "la"])
+def test_strided_coefficients_and_weights(variant: Any, mixing: Any) -> None:
+    """Views as callers have them: transposed logits, every other weight, one weight for all."""
+    config = _config(variant, mixing=mixing)
+    operands = _operands(config, rows=3)
+    spaced = operands.token_weight.repeat_interleave(2)[::2]
+    logits = operands.coefficients.t().contiguous().t()
+    for weight in (spaced, operands.token_weight[:1].expand(3)):
+        assert not weight.is_contiguous()
+        views = operands._replace(coefficients=logits, token_weight=weight)
+        inputs = [t.detach().requires_grad_() for t in views[:3]]
+        hidden = mixture(inputs[0], inputs[1], config, inputs[2])
+        gradients = torch.autograd.grad(hidden, inputs, views.upstream)
+        _assert_agrees(Result(hidden.detach(), *gradients), views, config)
+
+
+@pytest.mark.parametrize("names", [("relu",), ("relu", "relu2"), ("id", "relu2")])
+def test_nan_stays_in_every_dictionary(names: tuple[str, ...]) -> None:
+    config = _config("type1", dictionary=names)
+    preact, coefficients, weight, _ = _operands(config, rows=2)
+    preact[1, 3] = torch.nan
+    assert mixture(preact, coefficients, config, weight).isnan().sum() == 1
+
+
 def _with_stride(preact: Tensor, *words: Any) -> Tensor:
     wide = torch.cat([preact, preact.new_zeros(len(preact), 8)], dim=1)
     view = wide[:, : preact.shape[1]]
