@@ -15,6 +15,9 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+import pytest
+
+from tests.helpers import isolated
 from tests.helpers.isolated import ROOT
 
 FOLDER = ROOT.parent / "shared" / "te"
@@ -52,6 +55,15 @@ def environment() -> dict[str, str]:
         name: os.pathsep.join([str(path), *filter(None, [os.environ.get(name)])])
         for name, path in paths.items()
     }
+
+
+def outcomes(file: str, checks: list[str]) -> dict[str, str]:
+    """``isolated.outcomes`` beside Transformer Engine; skips the test where that is missing."""
+    try:
+        variables = environment()
+    except Missing as missing:
+        pytest.skip(f"Transformer Engine on a CPU needs {missing}")
+    return isolated.outcomes(file, checks, variables=variables)
 
 
 def _cache() -> Path:

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 from moa_megatron import recipes
-from tests.helpers import isolated, te, tiny
+from tests.helpers import te, tiny
 from tests.unit.test_features import rows
 
 SEQUENTIAL = ("--set", "moe_grouped_gemm=false")
@@ -74,11 +74,7 @@ CHECKS = [name for name in globals() if name.startswith("check_")]
 
 @pytest.fixture(scope="module")
 def failures() -> dict[str, str]:
-    try:
-        variables = te.environment()
-    except te.Missing as missing:
-        pytest.skip(f"Transformer Engine on a CPU needs {missing}")
-    return isolated.outcomes(__file__, CHECKS, variables=variables)
+    return te.outcomes(__file__, CHECKS)
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from moa_megatron.config import MoAConfig
-from tests.helpers import isolated, te
+from tests.helpers import te
 from tests.helpers.experts import global_tensors
 
 EXPERTS, WIDTH = 4, 32
@@ -127,11 +127,7 @@ CHECKS = [name for name in globals() if name.startswith("check_")]
 
 @pytest.fixture(scope="module")
 def failures() -> dict[str, str]:
-    try:
-        variables = te.environment()
-    except te.Missing as missing:
-        pytest.skip(f"Transformer Engine on a CPU needs {missing}")
-    return isolated.outcomes(__file__, CHECKS, variables=variables)
+    return te.outcomes(__file__, CHECKS)
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from functools import partial
 from typing import Any
 
 import pytest
 
 from moa_megatron.config import MoAConfig
-from tests.helpers import isolated, te, tiny
+from tests.helpers import te, tiny
 from tests.unit.test_specs import MOA_NAMES, MOE_NAMES, found
 
 BI = MoAConfig()
@@ -208,20 +207,13 @@ def check_no_norm_can_stay_between_input_and_gates() -> None:
 
 
 CHECKS = [name for name in globals() if name.startswith("check_")]
-GROUPED = importlib.util.find_spec("moa_megatron.grouped") is not None
 
 
 @pytest.fixture(scope="module")
 def failures() -> dict[str, str]:
-    try:
-        variables = te.environment()
-    except te.Missing as missing:
-        pytest.skip(f"Transformer Engine on a CPU needs {missing}")
-    return isolated.outcomes(__file__, CHECKS, variables=variables)
+    return te.outcomes(__file__, CHECKS)
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_te_specs(failures: dict[str, str], name: str) -> None:
-    if "grouped" in name and not GROUPED:
-        pytest.skip("needs moa_megatron/grouped.py")
     assert not failures[name], failures[name]
