@@ -46,6 +46,8 @@ run_dir="runs/$(basename "$recipe" .yaml)-$(date +%Y%m%d-%H%M%S)"
 command=(-m moa_megatron.pretrain "$recipe" --run-dir "$run_dir" "${@:2}")
 [ "${DRY_RUN:-0}" = 0 ] || command+=(--dry-run)
 
+moa_device_connections "$recipe" "${@:2}"
+
 count_gpus() { { nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l; }
 nproc_wanted=${NPROC:-$(count_gpus)}
 if [ "$nproc_wanted" -le 1 ]; then

@@ -5,6 +5,7 @@
 # Left alone, torchrun kills its ranks 30 s after SIGTERM, which is too short to save a large model,
 # and dies of SIGUSR1 and SIGUSR2 leaving its ranks behind. Here it ignores all three; this script
 # hands them to the ranks, which save and end by themselves.
+# shellcheck disable=SC2317  # functions are called by the traps
 set -euo pipefail
 
 python=${MOA_PYTHON:?the interpreter; set by launch/task.sh and launch/local.sh}
@@ -41,7 +42,7 @@ ranks() { # process ids of the ranks: the leaves of the agent's tree that run pr
 
 descendants() {
   local child
-  for child in $(cat "/proc/$1/task/"*/children 2>/dev/null); do
+  cat "/proc/$1/task/"*/children 2>/dev/null | tr ' ' '\n' | while read -r child; do
     echo "$child"
     descendants "$child"
   done

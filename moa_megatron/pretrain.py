@@ -116,9 +116,7 @@ def _train(run: Any, out: console.Console, exit_file: Path | None) -> int:
     return code
 
 
-def _record_failure(
-    exit_file: Path | None, code: int, problem: str, step: int | None
-) -> None:
+def _record_failure(exit_file: Path | None, code: int, problem: str, step: int | None) -> None:
     """Tells the launcher which rank failed, when, where and of what."""
     if exit_file is None:
         return

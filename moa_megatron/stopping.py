@@ -1,11 +1,11 @@
 """Signals that ask a run to save and stop: SIGTERM, SIGUSR1, SIGUSR2 and the first Ctrl-C.
 
-Megatron compares the time a run has taken with ``args.exit_duration_in_mins`` on all ranks together,
-after every step and every batch of an evaluation, and saves and ends the run once one rank is past
-it. A signal on any rank moves that limit below zero; one that arrives during set-up or a save waits
-for the next comparison. Megatron's own ``--exit-signal-handler`` hears one signal only, listens from
-the end of set-up on, and is deaf during evaluations; what it does for the workers that load data
-stays in use.
+Megatron compares the time a run has taken with ``args.exit_duration_in_mins``, on all ranks
+together, after every step and every batch of an evaluation, and saves and ends the run once one
+rank is past it. A signal on any rank moves that limit below zero; one that arrives during set-up
+or a save waits for the next comparison. Megatron's own ``--exit-signal-handler`` hears one signal
+only, listens from the end of set-up on, and is deaf during evaluations; what it does for the
+workers that load data stays in use.
 
 Must be importable before torch: ``install`` runs before the slow imports.
 """
