@@ -65,8 +65,8 @@ def checkpoint_step(checkpoints: Path) -> int | None:
     complete = complete_steps(checkpoints)
     if complete:
         return complete[-1]
-    if text is None:
-        return None
+    if text is None and not any(checkpoints.glob("iter_*/mp_rank_*")):
+        return None  # nothing, or a first save that a crash cut short
     raise ValueError(
         f"{tracker} reads {text!r} instead of a step, and no iter_ folder beside it is complete: "
         "write the number of a good one into it, or choose another --run-dir"

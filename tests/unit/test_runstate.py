@@ -31,6 +31,9 @@ def test_step_of_a_run_folder(tmp_path: Path) -> None:
     (tmp_path / "iter_0000004").mkdir()
     assert runstate.checkpoint_step(tmp_path) is None, "a first save that did not complete"
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    (tmp_path / "iter_0000004" / "mp_rank_00").mkdir()
+    with pytest.raises(ValueError, match="reads None instead of a step"):
+        runstate.checkpoint_step(tmp_path)  # another format, whose completeness nobody knows
     tracker.write_text("4\n")
     assert runstate.checkpoint_step(tmp_path) == 4
     tracker.write_text("")
