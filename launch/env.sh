@@ -51,7 +51,7 @@ moa_nccl_log() { # FOLDER; MOA_NCCL_DEBUG=INFO turns it on
 
 # When a collective hangs, every rank writes its last collectives: the one that is behind is the
 # one to look at. Without Python stacks, which can deadlock with the interpreter's lock.
-export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}"
+export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
 export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
 export TORCH_INCLUDE_STACK_TRACE="${TORCH_INCLUDE_STACK_TRACE:-False}"
 

@@ -11,6 +11,7 @@ if [ -z "${MOA_PYTHON:-}" ]; then
 fi
 export MOA_PYTHON
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+[ -z "${MOA_TOOL:-}" ] || exec "$MOA_PYTHON" "$MOA_TOOL" "$@"
 # shellcheck source=launch/env.sh
 . "$root/launch/env.sh"
 moa_device_connections "$@"

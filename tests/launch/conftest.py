@@ -1,10 +1,13 @@
 """One Slurm of two nodes for all tests of the launcher."""
 
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.e2e.runs import ROOT
 from tests.helpers import slurm
 
 
@@ -15,3 +18,11 @@ def cluster() -> Iterator[slurm.Cluster]:
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
     with slurm.Cluster() as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Path]:
+    """A folder that all nodes see: /tmp is refused as one that each node has for itself."""
+    (ROOT / "runs").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="test-", dir=ROOT / "runs") as folder:
+        yield Path(folder)

@@ -1,0 +1,247 @@
+"""What is handed to Slurm: the checks before it, the batch script, the points of a sweep.
+
+Needs Python 3.9 and PyYAML only: it runs on a login node.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import shlex
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moa_megatron import layout, outline, runstate
+from moa_megatron.recipes import RefusedError
+
+ROOT = Path(__file__).resolve().parents[1]
+_TEMPLATE = ROOT / "launch" / "slurm.sbatch"
+_DIRECTIVE = re.compile(r"^#SBATCH --([\w-]+)")
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+# Folders that each node has for itself.
+_NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
+
+
+@dataclass
+class Job:
+    """One submission: a run, or a sweep whose points are runs."""
+
+    recipe: str
+    flags: list[str]
+    folder: Path
+    nodes: int
+    procs_per_node: int
+    time: str
+    grace: int
+    chain: int
+    requeue: bool
+    per_rank: bool
+    slurm: dict[str, str]
+    points: list[dict[str, Any]] = field(default_factory=list)
+    container: str | None = None
+    mounts: str | None = None
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.procs_per_node
+
+    def problems(self) -> list[str]:
+        """Every reason not to submit that can be seen without Megatron and without Slurm."""
+        found = self._resources() + self._folder() + self._image()
+        variants = self.points or [{"name": "", "settings": {}}]
+        for point in variants:
+            settings = [f"{key}={value}" for key, value in point["settings"].items()]
+            words = [word for setting in settings for word in ("--set", setting)]
+            where = f"point {point['name']}: " if point["name"] else ""
+            for problem in self._layout([*self.flags, *words]):
+                if where + problem not in found and problem not in found:
+                    found.append(where + problem)
+        return found
+
+    def _layout(self, flags: list[str]) -> list[str]:
+        try:
+            values = outline.outline(self.recipe, flags)
+            args = argparse.Namespace(**values, world_size=self.world_size)
+            return layout.problems(args) + layout.schedule_problems(args)
+        except RefusedError as error:
+            return [str(error)]
+        except TypeError as error:  # a text where a number belongs
+            return [f"recipe {self.recipe} with these flags: {error}"]
+
+    def _resources(self) -> list[str]:
+        found = []
+        for flag, value in (
+            ("--nodes", self.nodes),
+            ("--procs-per-node", self.procs_per_node),
+            ("--chain", self.chain),
+        ):
+            if value < 1:
+                found.append(f"{flag} {value}: must be at least 1")
+        limit = seconds(self.time)
+        if limit is None or limit <= 0:
+            found.append(
+                f"--time {self.time}: write minutes, HH:MM:SS or D-HH:MM:SS, such as 24:00:00"
+            )
+        elif limit <= self.grace:
+            found.append(
+                f"--time {self.time} is not longer than --grace {self.grace} s, which is for "
+                "saving before the limit: raise the one or lower the other"
+            )
+        return found
+
+    def _folder(self) -> list[str]:
+        path = str(self.folder)
+        if self.nodes > 1 and path.startswith(tuple(f"{local}/" for local in _NODE_LOCAL)):
+            return [
+                f"--run-dir {path} is on a disk that each node has for itself: choose a folder on "
+                "the shared file system"
+            ]
+        if (runstate.read_status(self.folder) or {}).get("state") == "finished":
+            return [f"--run-dir {path} holds a run that has finished: choose another folder"]
+        parent = next(folder for folder in self.folder.parents if folder.exists())
+        if not _writable(self.folder if self.folder.exists() else parent):
+            return [f"--run-dir {path} cannot be written: choose another folder"]
+        active = active_jobs(self.folder)
+        if active:
+            return [
+                f"--run-dir {path} is in use by job {', '.join(active)}: scancel it, wait, or "
+                "choose another folder"
+            ]
+        return []
+
+    def _image(self) -> list[str]:
+        image = self.container
+        is_file = image is not None and image.endswith((".sif", ".sqsh"))
+        if image is None or not is_file or Path(image).is_file():
+            return []
+        return [f"--container {image}: no such file; build or import it first (docs/launching.md)"]
+
+    def script(self) -> str:
+        """The batch script of the run, or of a sweep's array."""
+        supervise = [f"--chain {self.chain}"] if self.chain > 1 else []
+        supervise += ["--requeue"] if self.requeue else []
+        supervise += [f"--sweep {self.folder}"] if self.points else []
+        options = {
+            "job-name": self.folder.name,
+            "output": str(self.folder / "logs" / f"slurm-{'%A_%a' if self.points else '%j'}.out"),
+            "nodes": str(self.nodes),
+            "time": self.time,
+            "signal": f"USR1@{self.grace}",
+            **self.slurm,
+        }
+        variables = {"MOA_SUPERVISE": " ".join(supervise), **self._variables()}
+        words = [self.recipe, *self.flags]
+        words += [] if self.points else ["--run-dir", str(self.folder)]
+        return _render(options, variables, words)
+
+    def report_script(self) -> str:
+        """The batch script that draws a sweep's table and picture."""
+        options = {
+            "job-name": f"{self.folder.name}-report",
+            "output": str(self.folder / "logs" / "report-%j.out"),
+            "nodes": "1",
+            "time": "15",
+            **{k: v for k, v in self.slurm.items() if k in ("partition", "account", "qos", "mem")},
+        }
+        variables = {**self._variables(), "MOA_TOOL": "tools/report_sweep.py"}
+        return _render(options, variables, [str(self.folder)])
+
+    def _variables(self) -> dict[str, str]:
+        outside = not self.folder.is_relative_to(ROOT)
+        mounts = [f"{self.folder}:{self.folder}"] if outside else []
+        mounts += [self.mounts] if self.mounts else []
+        return {
+            "MOA_ROOT": str(ROOT),
+            "MOA_PROCS_PER_NODE": str(self.procs_per_node),
+            "MOA_PER_RANK": "1" if self.per_rank else "",
+            "MOA_CONTAINER": self.container or "",
+            "MOA_MOUNTS": ",".join(mounts) if self.container else "",
+        }
+
+
+def _render(options: dict[str, str], variables: dict[str, str], words: list[str]) -> str:
+    """``launch/slurm.sbatch`` with these options in place of its defaults, and its arguments."""
+    head, body = _TEMPLATE.read_text(encoding="utf-8").split("set -euo pipefail\n", 1)
+    kept = []
+    for line in head.splitlines()[1:]:
+        directive = _DIRECTIVE.match(line)
+        if directive is None or directive[1] not in options:
+            kept.append(line)
+    directives = [f"#SBATCH --{key}={value}" for key, value in options.items()]
+    exports = [f"export {key}={shlex.quote(value)}" for key, value in variables.items() if value]
+    lines = ["#!/usr/bin/env bash", *directives, *kept, "set -euo pipefail", *exports]
+    return "\n".join([*lines, f"set -- {shlex.join(words)}", body])
+
+
+def seconds(text: str) -> int | None:
+    """Seconds of a Slurm time limit (minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS)."""
+    match = _TIME.fullmatch(text.strip())
+    if match is None:
+        return None
+    days, first, second, third = (int(part) if part else None for part in match.groups())
+    assert first is not None
+    if days is not None:
+        return days * 86400 + first * 3600 + (second or 0) * 60 + (third or 0)
+    if third is not None:
+        return first * 3600 + (second or 0) * 60 + third
+    return first * 60 + (second or 0)
+
+
+def sweep_points(sweeps: list[str]) -> list[dict[str, Any]]:
+    """``["lr=6e-4,1e-3", "seed=1,2"]`` -> every combination, each with a name and a folder.
+
+    Raises:
+        RefusedError: for anything that is not KEY=VALUE,VALUE,...
+    """
+    axes = []
+    for text in sweeps:
+        key, separator, values = text.partition("=")
+        choices = [value for value in values.split(",") if value]
+        if not key or not separator or not choices:
+            raise RefusedError(
+                f"--array-sweep {text}: write it as KEY=VALUE,VALUE, such as lr=6e-4,1e-3,2e-3"
+            )
+        if len(set(choices)) < len(choices):
+            raise RefusedError(f"--array-sweep {text}: a value is there twice")
+        axes.append([(key.replace("-", "_"), value) for value in choices])
+    points = []
+    for index, combination in enumerate(itertools.product(*axes)) if axes else ():
+        name = ",".join(f"{key}={value}" for key, value in combination)
+        points.append(
+            {
+                "index": index,
+                "name": name,
+                "settings": dict(combination),
+                "run_dir": re.sub(r"[^\w.=,+-]", "_", name),
+            }
+        )
+    return points
+
+
+def active_jobs(folder: Path) -> list[str]:
+    """Jobs of a run's chain that Slurm still knows as waiting or running."""
+    try:
+        jobs = json.loads((folder / "chain.json").read_text(encoding="utf-8"))["jobs"]
+        shown = subprocess.run(
+            ["squeue", "--noheader", "--format=%A", "--jobs", ",".join(jobs)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except (OSError, ValueError, KeyError):
+        return []
+    return sorted(set(shown.stdout.split()), key=int)
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        probe = folder / ".moa-write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError:
+        return False
+    return True
