@@ -32,7 +32,7 @@ _ENVIRONMENT = Path(os.environ.get("MOA_PYTHON", ROOT / ".venv" / "bin" / "pytho
 try:
     import yaml
 
-    from moa_megatron import outline, recipes, runstate, submission
+    from moa_megatron import outline, recipes, runstate, slurm, submission
 except ImportError as error:
     if _ENVIRONMENT.exists() and Path(sys.executable) != _ENVIRONMENT:
         os.execv(str(_ENVIRONMENT), [str(_ENVIRONMENT), *sys.argv])
@@ -90,14 +90,14 @@ def plan(options: argparse.Namespace, flags: list[str]) -> submission.Job:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     kind = "sweep-" if points else ""
     default = Path("runs") / f"{Path(options.recipe).stem}-{kind}{stamp}"
-    slurm = {name: getattr(options, name) for name in ("partition", "account", "qos")}
-    slurm["gpus-per-node"] = str(options.gpus_per_node) if options.gpus_per_node else None
+    sbatch = {name: getattr(options, name) for name in ("partition", "account", "qos")}
+    sbatch["gpus-per-node"] = str(options.gpus_per_node) if options.gpus_per_node else None
     if points:
         parallel = f"%{options.max_parallel}" if options.max_parallel else ""
-        slurm["array"] = f"0-{len(points) - 1}{parallel}"
+        sbatch["array"] = f"0-{len(points) - 1}{parallel}"
     for text in options.sbatch:
         key, _, value = text.lstrip("-").partition("=")
-        slurm[key] = value
+        sbatch[key] = value
     return submission.Job(
         recipe=options.recipe,
         flags=flags,
@@ -110,7 +110,7 @@ def plan(options: argparse.Namespace, flags: list[str]) -> submission.Job:
         # An element of an array has no jobs behind it: it continues by being requeued.
         requeue=options.requeue or (bool(points) and options.chain > 1),
         per_rank=options.per_rank,
-        slurm={key: value for key, value in slurm.items() if value is not None},
+        options={key: value for key, value in sbatch.items() if value is not None},
         points=points,
         container=options.container,
         mounts=options.mounts,
@@ -204,62 +204,13 @@ def git(*words: str) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
-def sbatch(script: Path, *words: str, chain: str = "") -> str:
-    """Submits a script; returns the id of its job.
-
-    Raises:
-        RefusedError: with Slurm's own words.
-    """
-    environment = {**os.environ, "MOA_CHAIN": chain}
-    done = subprocess.run(
-        ["sbatch", "--parsable", *words, str(script)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RefusedError(f"sbatch: {done.stderr.strip()}")
-    return done.stdout.strip().split(";")[0]
-
-
-def submit(job: submission.Job) -> list[str]:
-    """Submits the chain of a run; returns its jobs."""
-    count = 1 if job.requeue else job.chain
-    chain = f"{job.folder.name}-{int(time.time())}"
-    jobs: list[str] = []
-    # Held until the chain is written down: a short first job must find its successors.
-    hold = ["--hold"] if count > 1 else []
-    for _ in range(count):
-        after = [f"--dependency=afterany:{':'.join(jobs)}"] if jobs else hold
-        jobs.append(sbatch(job.folder / "job.sbatch", *after, chain=chain))
-    note_jobs(job.folder, jobs)
-    if hold:
-        subprocess.run(["scontrol", "release", jobs[0]], check=True)
-    return jobs
-
-
-def submit_sweep(folder: Path, indices: list[int] | None = None) -> list[str]:
-    """The array of a sweep, and behind it the report; ``indices``: these points only."""
-    only = [] if indices is None else [f"--array={','.join(map(str, indices))}"]
-    array = sbatch(folder / "job.sbatch", *only)
-    jobs = [array, sbatch(folder / "report.sbatch", f"--dependency=afterany:{array}")]
-    note_jobs(folder, jobs)
-    return jobs
-
-
-def note_jobs(folder: Path, jobs: list[str]) -> None:
-    """``chain.json``: what the supervisor cancels when nothing is left to do."""
-    (folder / "chain.json").write_text(json.dumps({"jobs": jobs}) + "\n", encoding="utf-8")
-
-
 def rerun(folder: Path) -> int:
     """Submits again what a sweep has not finished; returns the exit code."""
     try:
         points = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["points"]
     except (OSError, ValueError, KeyError) as error:
         raise RefusedError(f"--rerun {folder} is no folder of a sweep: {error}") from error
-    active = submission.active_jobs(folder)
+    active = slurm.active_jobs(folder)
     if active:
         raise RefusedError(f"--rerun {folder} is still in use by job {', '.join(active)}")
     states = {
@@ -270,7 +221,7 @@ def rerun(folder: Path) -> int:
     if not left:
         print(f"all {len(points)} points of {folder} have finished: nothing to do")
         return runstate.FINISHED
-    jobs = submit_sweep(folder, left)
+    jobs = slurm.submit_sweep(folder, left)
     names = ", ".join(point["name"] for point in points if point["index"] in left)
     print(f"submitted {len(left)} of {len(points)} points as job {jobs[0]}: {names}")
     return runstate.FINISHED
@@ -314,7 +265,9 @@ def main(argv: list[str]) -> int:
         print(f"\nwould submit:\n\n{job.script()}")
         return runstate.FINISHED
     record(job, argv)
-    jobs = submit_sweep(job.folder) if job.points else submit(job)
+    count = 1 if job.requeue else job.chain
+    submitted = slurm.submit_sweep(job.folder) if job.points else None
+    jobs = submitted or slurm.submit_chain(job.folder, count)
     log = "slurm-%A_%a.out".replace("%A", jobs[0]).replace("%a", "*")
     log = log if job.points else f"slurm-{jobs[0]}.out"
     print(f"submitted job {', '.join(jobs)}")

@@ -80,8 +80,17 @@ def outline(recipe: str, flags: list[str]) -> dict[str, Any]:
 def _value(words: list[str]) -> Any:
     if not words:
         return True
-    read = [yaml.safe_load(word) for word in words]
+    read = [_read(word) for word in words]
     return read if len(read) > 1 else read[0]
+
+
+def _read(word: str) -> Any:
+    for kind in (int, float):  # YAML takes 1e-3 for a text
+        try:
+            return kind(word)
+        except ValueError:
+            continue
+    return yaml.safe_load(word)
 
 
 def device_connections(values: dict[str, Any]) -> int | None:

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import re
 import shlex
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moa_megatron import layout, outline, runstate
+from moa_megatron import layout, outline, runstate, slurm
 from moa_megatron.recipes import RefusedError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +38,7 @@ class Job:
     chain: int
     requeue: bool
     per_rank: bool
-    slurm: dict[str, str]
+    options: dict[str, str]
     points: list[dict[str, Any]] = field(default_factory=list)
     container: str | None = None
     mounts: str | None = None
@@ -52,6 +50,8 @@ class Job:
     def problems(self) -> list[str]:
         """Every reason not to submit that can be seen without Megatron and without Slurm."""
         found = self._resources() + self._folder() + self._image()
+        if self.world_size < 1:
+            return found
         variants = self.points or [{"name": "", "settings": {}}]
         for point in variants:
             settings = [f"{key}={value}" for key, value in point["settings"].items()]
@@ -105,7 +105,7 @@ class Job:
         parent = next(folder for folder in self.folder.parents if folder.exists())
         if not _writable(self.folder if self.folder.exists() else parent):
             return [f"--run-dir {path} cannot be written: choose another folder"]
-        active = active_jobs(self.folder)
+        active = slurm.active_jobs(self.folder)
         if active:
             return [
                 f"--run-dir {path} is in use by job {', '.join(active)}: scancel it, wait, or "
@@ -131,7 +131,7 @@ class Job:
             "nodes": str(self.nodes),
             "time": self.time,
             "signal": f"USR1@{self.grace}",
-            **self.slurm,
+            **self.options,
         }
         variables = {"MOA_SUPERVISE": " ".join(supervise), **self._variables()}
         words = [self.recipe, *self.flags]
@@ -140,12 +140,15 @@ class Job:
 
     def report_script(self) -> str:
         """The batch script that draws a sweep's table and picture."""
+        kept = ("partition", "account", "qos", "mem")
         options = {
             "job-name": f"{self.folder.name}-report",
             "output": str(self.folder / "logs" / "report-%j.out"),
             "nodes": "1",
             "time": "15",
-            **{k: v for k, v in self.slurm.items() if k in ("partition", "account", "qos", "mem")},
+            **{
+                k: v for k, v in self.options.items() if k in ("partition", "account", "qos", "mem")
+            },
         }
         variables = {**self._variables(), "MOA_TOOL": "tools/report_sweep.py"}
         return _render(options, variables, [str(self.folder)])
@@ -220,21 +223,6 @@ def sweep_points(sweeps: list[str]) -> list[dict[str, Any]]:
             }
         )
     return points
-
-
-def active_jobs(folder: Path) -> list[str]:
-    """Jobs of a run's chain that Slurm still knows as waiting or running."""
-    try:
-        jobs = json.loads((folder / "chain.json").read_text(encoding="utf-8"))["jobs"]
-        shown = subprocess.run(
-            ["squeue", "--noheader", "--format=%A", "--jobs", ",".join(jobs)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except (OSError, ValueError, KeyError):
-        return []
-    return sorted(set(shown.stdout.split()), key=int)
 
 
 def _writable(folder: Path) -> bool:
