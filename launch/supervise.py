@@ -78,6 +78,16 @@ class Supervisor:
         started = time.time()
         nodes = os.environ.get("SLURM_JOB_NODELIST", "this host")
         say(f"attempt {number}, job {self.job or '-'}, {nodes}: {start_of(before)}")
+        record: dict[str, Any] = {
+            "attempt": number,
+            "chain": self.chain,
+            "job": self.job,
+            "nodes": nodes,
+            "started": started,
+            "from_step": before,
+            "log": str(notes.with_suffix(".log")),
+        }
+        self.history.append(record)
         known = runstate.read_status(self.run_dir) or {}
         facts = {"attempt": number, "job": self.job, "checkpoints": known.get("checkpoints")}
         runstate.write_status(self.run_dir, "launching", None, **facts)
@@ -89,20 +99,13 @@ class Supervisor:
         failure = None
         if code not in (runstate.FINISHED, runstate.RETRY):
             failure = attempts.first_failure(runstate.read_failures(exit_file), casualties.found)
-        record = {
-            "attempt": number,
-            "chain": self.chain,
-            "job": self.job,
-            "nodes": nodes,
-            "started": started,
-            "minutes": round((time.time() - started) / 60, 3),
-            "code": code,
-            "from_step": before,
-            "to_step": after,
-            "advanced": (after or 0) > (before or 0),
-            "failure": failure,
-            "log": str(notes.with_suffix(".log")),
-        }
+        record.update(
+            minutes=round((time.time() - started) / 60, 3),
+            code=code,
+            to_step=after,
+            advanced=(after or 0) > (before or 0),
+            failure=failure,
+        )
         self.history.append(record)
         return record
 

@@ -45,28 +45,36 @@ class Decision:
 
 
 class History:
-    """``attempts.jsonl`` of a run: one line an attempt, appended when it ends."""
+    """``attempts.jsonl`` of a run: a line when an attempt starts, another when it ends.
+
+    The second is missing where the launcher itself was killed, with its node or by Slurm.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / "attempts.jsonl"
 
     def read(self) -> list[dict[str, Any]]:
-        """All attempts, oldest first; a half-written last line is left out."""
-        attempts = []
+        """All attempts, oldest first, both lines as one; a half-written line is left out."""
+        merged: dict[int, dict[str, Any]] = {}
         try:
             lines = self.path.read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:
             return []
         for line in lines:
             try:
-                attempts.append(json.loads(line))
+                record = json.loads(line)
             except ValueError:
                 continue
+            merged.setdefault(record["attempt"], {}).update(record)
+        attempts = list(merged.values())
+        for attempt, following in zip(attempts, attempts[1:]):
+            reached = attempt.setdefault("to_step", following["from_step"])
+            attempt["advanced"] = (reached or 0) > (attempt["from_step"] or 0)
         return attempts
 
-    def append(self, attempt: dict[str, Any]) -> None:
+    def append(self, record: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(attempt) + "\n")
+            file.write(json.dumps(record) + "\n")
 
     def idle(self, chain: str) -> int:
         """Attempts of this chain, newest first, that left no newer checkpoint.

@@ -146,9 +146,7 @@ class Job:
             "output": str(self.folder / "logs" / "report-%j.out"),
             "nodes": "1",
             "time": "15",
-            **{
-                k: v for k, v in self.options.items() if k in ("partition", "account", "qos", "mem")
-            },
+            **{key: value for key, value in self.options.items() if key in kept},
         }
         variables = {**self._variables(), "MOA_TOOL": "tools/report_sweep.py"}
         return _render(options, variables, [str(self.folder)])

@@ -59,13 +59,23 @@ def test_decision(code: int, idle: int, action: str, final: int) -> None:
 def test_history_counts_attempts_without_progress_of_this_chain(tmp_path: Path) -> None:
     history = History(tmp_path)
     assert history.read() == [] and history.idle("b") == 0
-    for chain, advanced in (("a", False), ("b", False), ("b", True), ("b", False), ("b", False)):
-        history.append({"chain": chain, "advanced": advanced})
+    steps = (("a", 0, 0), ("b", 0, 0), ("b", 0, 5), ("b", 5, 5), ("b", 5, 5))
+    for number, (chain, start, end) in enumerate(steps):
+        common = {"attempt": number, "chain": chain, "from_step": start}
+        history.append({**common, "to_step": end, "advanced": end > start})
     assert history.idle("b") == 2
     assert history.idle("c") == 0, "a run that is submitted again counts anew"
     with history.path.open("a") as file:
         file.write('{"chain": "b", "adv')
     assert len(history.read()) == 5
+
+
+def test_attempts_whose_launcher_was_killed_count_too(tmp_path: Path) -> None:
+    history = History(tmp_path)
+    for number, start in enumerate((None, None, 5, 5, 5)):
+        history.append({"attempt": number, "chain": "a", "from_step": start})
+    assert [a.get("advanced") for a in history.read()] == [False, True, False, False, None]
+    assert history.idle("a") == 3
 
 
 SRUN = "srun: error: n2: task 3: Killed"
