@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moa_megatron.attempts import History
 from tests.e2e.runs import ROOT, SMALL_MOE, environment
 from tests.helpers.slurm import Cluster
 
@@ -33,8 +34,7 @@ class Submitted:
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
-        lines = (self.folder / "attempts.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        return History(self.folder).read()
 
     def log(self) -> str:
         """Output of all jobs so far."""

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from moa_megatron.attempts import History
+
 ROOT = Path(__file__).parents[2]
 FINISH = 'echo \'{"state": "finished"}\' >"$run/status.json"'
 SAVE = (
@@ -29,8 +31,7 @@ def supervise(
         timeout=60,
     )
     print(done.stdout, done.stderr)
-    lines = (folder / "attempts.jsonl").read_text().splitlines()
-    return done, [json.loads(line) for line in lines]
+    return done, History(folder).read()
 
 
 def command(folder: Path, script: str, *options: str) -> list[str]:
