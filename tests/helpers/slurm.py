@@ -23,6 +23,7 @@ Who is told what (Slurm 22.05, as seen here; srun's processes include all their 
 - ``--signal=SIGNAL@N``: SIGCONT and SIGNAL to srun's processes only; ``--signal=B:SIGNAL@N`` to the
   batch script only, not to its children.
 - slurmctld looks at time limits every 30 s: a signal comes up to that much early, the end late.
+- SLURM_JOB_END_TIME is not set, SLURM_RESTART_COUNT only after a requeue.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ import psutil
 
 NODES = ("n1", "n2")
 ADDRESS = "127.0.0.1"
-# Claimed by each node. CUDA_VISIBLE_DEVICES stays unset; SLURM_GPUS_ON_NODE is what was asked for,
-# or with --exclusive all of them.
+# Claimed by each node. CUDA_VISIBLE_DEVICES stays unset. With --exclusive, SLURM_GPUS_ON_NODE is
+# all of them in the batch script, but in a step what --gpus-per-node asked for.
 GPUS = 4
 # Seconds between SIGTERM and SIGKILL for a job that is cancelled or out of time.
 KILL_WAIT = 15
