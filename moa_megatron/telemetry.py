@@ -1,12 +1,19 @@
-"""Curves of a run: read back from TensorBoard, drawn as a picture."""
+"""Curves of runs, read back from TensorBoard and drawn; results of runs as picture and table."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 TRAIN_LOSS, VALID_LOSS = "lm loss", "lm loss validation"
 TEST_LOSS = "lm loss test"  # ours: Megatron logs the test set under the tag of validation
+_LABEL_WIDTH = 40
 
 
 @dataclass
@@ -67,7 +74,7 @@ def _read(folder: Path, tags: tuple[str, ...]) -> dict[str, dict[int, list[float
 def draw_losses(
     runs: dict[str, dict[str, Curve]], title: str, path: Path, tag: str | None = None
 ) -> None:
-    """Loss against step of one or several runs.
+    """A picture of ``plot_losses``.
 
     Args:
         runs: curves by run name, as ``read_scalars`` returns them.
@@ -75,28 +82,138 @@ def draw_losses(
         path: the PNG to write.
         tag: draw this scalar only; default: training and validation loss.
     """
+    with picture(path) as (axes,):
+        plot_losses(axes, runs, tag)
+        axes.set_title(title)
+
+
+def plot_losses(
+    axes: Axes,
+    runs: dict[str, dict[str, Curve]],
+    tag: str | None = None,
+    in_order: bool = False,
+) -> None:
+    """Loss against step of one or several runs, training as lines, validation as dots.
+
+    Args:
+        axes: of matplotlib.
+        runs: curves by run name.
+        tag: draw this scalar only.
+        in_order: the runs are a row, such as of rising learning rates: so are their colours.
+    """
+    import matplotlib
+
+    row = matplotlib.colormaps["viridis"]
+    for index, (name, curves) in enumerate(runs.items()):
+        color: Any = row(0.9 * index / max(len(runs) - 1, 1)) if in_order else f"C{index}"
+        unnamed = True
+        for which, style, width in ((TRAIN_LOSS, "-", 1.0), (VALID_LOSS, "o--", 1.6)):
+            if which not in curves or tag not in (None, which):
+                continue
+            kind = "training" if which == TRAIN_LOSS else "validation"
+            # Of several runs each is named once: the legend would be twice as long.
+            label = kind if len(runs) == 1 and tag is None else (_label(name) if unnamed else "")
+            unnamed = False
+            curve = curves[which]
+            axes.plot(
+                curve.steps,
+                curve.values,
+                style,
+                color=color,
+                label=label,
+                lw=width,
+                markersize=3,
+            )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    legend(axes)
+
+
+def plot_results(
+    axes: Axes,
+    lines: dict[str, list[tuple[float, float | None]]],
+    ticks: dict[float, str],
+) -> None:
+    """Final loss against a setting that is a number, on a log axis where that is positive.
+
+    Args:
+        axes: of matplotlib.
+        lines: pairs of setting and loss by line name; None for a run without a result.
+        ticks: the settings as the user wrote them.
+    """
+    if min(ticks) > 0:
+        axes.set_xscale("log")
+    missed = []
+    for name, pairs in lines.items():
+        found = sorted((x, y) for x, y in pairs if y is not None)
+        axes.plot([x for x, _ in found], [y for _, y in found], "o-", label=_label(name))
+        missed += [x for x, y in pairs if y is None]
+    if missed:
+        # At the top edge: a run without a result has no height of its own.
+        edge = axes.get_xaxis_transform()
+        axes.plot(missed, [0.97] * len(missed), "rx", transform=edge, label="no result")
+    axes.set_xticks(list(ticks), list(ticks.values()), rotation=45 if len(ticks) > 6 else 0)
+    axes.minorticks_off()
+    legend(axes)
+
+
+def plot_bars(axes: Axes, results: dict[str, float | str]) -> None:
+    """Final loss of runs by name, the first on top; a text where there is no loss."""
+    best = min((loss for loss in results.values() if isinstance(loss, float)), default=None)
+    size = min(10.0, 150 / len(results))  # in points: names must not cover each other
+    for row, result in enumerate(results.values()):
+        if isinstance(result, float):
+            axes.barh(row, result, color="C1" if result == best else "C0")
+            axes.text(result, row, f" {result:.4f}", va="center", fontsize=size)
+        else:
+            axes.text(0.0, row, f" {result}", va="center", color="red", fontsize=size)
+    axes.set_yticks(range(len(results)), [_label(name) for name in results], fontsize=size)
+    axes.set_ylim(len(results) - 0.5, -0.5)
+    axes.margins(x=0.2)  # for the numbers at the bars' ends
+
+
+def legend(axes: Axes) -> None:
+    """Names what is drawn, in smaller print where it is much; nothing where it has no names."""
+    names = axes.get_legend_handles_labels()[1]
+    if names:
+        size = "medium" if len(names) <= 8 else "x-small"
+        axes.legend(frameon=False, fontsize=size, ncols=1 + len(names) // 16)
+
+
+@contextlib.contextmanager
+def picture(path: Path, columns: int = 1) -> Iterator[list[Axes]]:
+    """Empty axes side by side; what was drawn is written to ``path`` on leaving."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=130)
-    for index, (name, curves) in enumerate(runs.items()):
-        color = f"C{index}"
-        for which, style in ((TRAIN_LOSS, "-"), (VALID_LOSS, "o--")):
-            if which not in curves or tag not in (None, which):
-                continue
-            label = name if tag else f"{name} {'training' if which == TRAIN_LOSS else 'validation'}"
-            curve = curves[which]
-            width = 1.0 if which == TRAIN_LOSS else 1.6
-            axes.plot(
-                curve.steps, curve.values, style, color=color, label=label, lw=width, markersize=3
-            )
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    # Names are the user's, and no formulas: a lone $ in one must not end the drawing.
+    with plt.rc_context({"text.parse_math": False}):
+        figure, grid = plt.subplots(1, columns, figsize=(7 * columns, 4.2), dpi=130, squeeze=False)
+        axes = list(grid[0])
+        for one in axes:
+            one.grid(alpha=0.3)
+        try:
+            yield axes
+            figure.tight_layout()
+            figure.savefig(path)
+        finally:
+            plt.close(figure)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table whose columns line up in a terminal too."""
+    cells = [
+        [" ".join(str(cell).split()).replace("|", "\\|") for cell in row] for row in (header, *rows)
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def _label(name: str) -> str:
+    """A name that a picture has room for, led by no underscore, which matplotlib hides."""
+    name = " ".join(name.split())
+    short = name if len(name) <= _LABEL_WIDTH else f"{name[: _LABEL_WIDTH - 3]}..."
+    return f" {short}" if short.startswith("_") else short

@@ -148,15 +148,18 @@ def summarize(results: list[Result]) -> list[dict[str, Any]]:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table for people."""
-    lines = [
-        "| variant | seeds | validation loss (nats) | against the first | standard error |",
-        "|---|---|---|---|---|",
+    header = ("variant", "seeds", "validation loss (nats)", "against the first", "standard error")
+    cells = [
+        (
+            row["variant"],
+            row["seeds"],
+            f"{row['loss']:.4f}",
+            f"{row['delta']:+.4f}",
+            "" if row["error"] is None else f"{row['error']:.4f}",
+        )
+        for row in rows
     ]
-    for row in rows:
-        error = "" if row["error"] is None else f"{row['error']:.4f}"
-        cells = (row["variant"], row["seeds"], f"{row['loss']:.4f}", f"{row['delta']:+.4f}", error)
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+    return telemetry.table(header, cells)
 
 
 def mean_curves(results: Iterable[Result]) -> dict[str, dict[str, telemetry.Curve]]:

@@ -5,11 +5,11 @@ A keeper process owns them. However the tests end, the pipe to the keeper closes
 daemons and what is left of the jobs, and removes the folder.
 
 Different from a large cluster, on purpose: the scheduler does not wait for its rounds, a requeued
-job starts again after seconds, ``KillWait`` is short, nodes claim more CPUs than the host has, and
-there is no accounting (``scontrol`` and ``squeue`` know jobs, ``sacct`` does not). Node names do
-not resolve: inside jobs, the address of every node is ``ADDRESS``. Without cgroups, a process
-whose parent has died is out of Slurm's reach: it outlives its job and holds the step's output,
-which makes the step end a minute late.
+job starts again after seconds, ``KillWait`` is short, nodes claim CPUs and GPUs that the host
+lacks, and there is no accounting (``scontrol`` and ``squeue`` know jobs, ``sacct`` does not). Node
+names do not resolve: inside jobs, the address of every node is ``ADDRESS``. Without cgroups, a
+process whose parent has died is out of Slurm's reach: it outlives its job and holds the step's
+output, which makes the step end a minute late.
 
 Who is told what (Slurm 22.05, as seen here; srun's processes include all their descendants):
 
@@ -23,6 +23,7 @@ Who is told what (Slurm 22.05, as seen here; srun's processes include all their 
 - ``--signal=SIGNAL@N``: SIGCONT and SIGNAL to srun's processes only; ``--signal=B:SIGNAL@N`` to the
   batch script only, not to its children.
 - slurmctld looks at time limits every 30 s: a signal comes up to that much early, the end late.
+- SLURM_JOB_END_TIME is not set, SLURM_RESTART_COUNT only after a requeue.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ import psutil
 
 NODES = ("n1", "n2")
 ADDRESS = "127.0.0.1"
+# Claimed by each node. CUDA_VISIBLE_DEVICES stays unset. With --exclusive, SLURM_GPUS_ON_NODE is
+# all of them in the batch script, but in a step what --gpus-per-node asked for.
+GPUS = 4
 # Seconds between SIGTERM and SIGKILL for a job that is cancelled or out of time.
 KILL_WAIT = 15
 # A credential's life; a requeued job waits a second longer (121 s with Slurm's default of 120).
@@ -91,9 +95,11 @@ MinJobAge=300
 MessageTimeout=10
 UnkillableStepTimeout=60
 SlurmdParameters=config_overrides
+GresTypes=gpu
 """
 _NODE = (
-    "NodeName={node} NodeHostname={host} NodeAddr={address} Port={port} CPUs=4 RealMemory=8000\n"
+    "NodeName={node} NodeHostname={host} NodeAddr={address} Port={port} "
+    "CPUs=4 RealMemory=8000 Gres=gpu:{gpus}\n"
 )
 _PARTITION = "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n"
 
@@ -234,7 +240,12 @@ class Cluster:
         )
         for node, port in zip(NODES, ports[1:], strict=True):
             (self.folder / f"spool-{node}").mkdir()
-            text += _NODE.format(node=node, port=port, **common)
+            text += _NODE.format(node=node, port=port, gpus=GPUS, **common)
+        # Slurm takes GPUs that have files, and of files without a device only their number.
+        for index in range(GPUS):
+            (self.folder / f"gpu{index}").touch()
+        devices = f"Name=gpu File={self.folder}/gpu[0-{GPUS - 1}]\n"
+        (self.folder / "gres.conf").write_text(devices, encoding="utf-8")
         (self.folder / "slurm.conf").write_text(text + _PARTITION, encoding="utf-8")
 
     def _idle(self) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.helpers import slurm
 from tests.helpers.slurm import NODES, Cluster, ClusterError
 
 ROOT = Path(__file__).parents[2]
@@ -20,18 +21,29 @@ def output(record: dict[str, str]) -> str:
     return Path(record["StdOut"]).read_text()
 
 
+def test_what_is_missing_is_named_with_its_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm.shutil, "which", lambda name, path: None)
+    assert "apt-get install munge slurm-wlm" in str(slurm.missing())
+    monkeypatch.setattr(slurm.shutil, "which", lambda name, path: name)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert "needs root, not uid 1000" in str(slurm.missing())
+
+
 def test_both_nodes_are_there(cluster: Cluster) -> None:
     lines = cluster.run("sinfo", "--noheader", "--Node", "--format=%N %T %c").splitlines()
     assert [line.split()[0] for line in lines] == list(NODES)
 
 
 def test_a_job_runs_on_both_nodes(cluster: Cluster, tmp_path: Path) -> None:
-    script = "srun --ntasks-per-node=1 bash -c 'echo on=$SLURMD_NODENAME rank=$SLURM_PROCID'"
-    job = cluster.submit(script, "--nodes=2", folder=tmp_path, name="a name=with words")
+    words = "on=$SLURMD_NODENAME rank=$SLURM_PROCID gpus=$SLURM_GPUS_ON_NODE"
+    script = f"srun --ntasks-per-node=1 bash -c 'echo {words}'"
+    job = cluster.submit(
+        script, "--nodes=2", "--gpus-per-node=2", folder=tmp_path, name="a name=with words"
+    )
     record = cluster.wait(job)
     assert (record["JobState"], record["NumNodes"]) == ("COMPLETED", "2")
     assert record["JobName"] == "a name=with words"
-    assert sorted(output(record).split("\n")[:2]) == ["on=n1 rank=0", "on=n2 rank=1"]
+    assert sorted(output(record).split("\n")[:2]) == ["on=n1 rank=0 gpus=2", "on=n2 rank=1 gpus=2"]
     assert job in {known["JobId"] for known in cluster.jobs()}
 
 
