@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -183,18 +184,22 @@ class Supervisor:
             say(f"cancelling the rest of the chain ({', '.join(rest)}): {reason}")
             subprocess.run(["scancel", *rest], check=False)
 
+    def _fields(self) -> dict[str, str]:
+        """This job as ``scontrol show job`` sees it now; empty without Slurm."""
+        if not self.job:
+            return {}
+        shown = subprocess.run(
+            ["scontrol", "show", "job", "-o", self.job], capture_output=True, text=True, check=False
+        )
+        return dict(word.split("=", 1) for word in shown.stdout.split() if "=" in word)
+
     def _cancelled(self) -> bool:
         """Whether this job ends because someone cancelled it.
 
         Slurm says COMPLETING whatever the reason. A time limit leaves its name, a preemption its
         time, a requeue (also of a failed node) no end; a cancellation leaves none of them.
         """
-        if not self.job:
-            return False
-        shown = subprocess.run(
-            ["scontrol", "show", "job", "-o", self.job], capture_output=True, text=True, check=False
-        )
-        fields = dict(word.split("=", 1) for word in shown.stdout.split() if "=" in word)
+        fields = self._fields()
         return (
             fields.get("JobState") in ("CANCELLED", "COMPLETING")
             and fields.get("Reason") == "None"
@@ -212,8 +217,11 @@ class Supervisor:
 
     def _time_left(self) -> float:
         """Seconds until the job's time limit; infinite without one."""
-        end = os.environ.get("SLURM_JOB_END_TIME", "")
-        return float(end) - time.time() if end.isdigit() else float("inf")
+        try:
+            end = datetime.fromisoformat(self._fields()["EndTime"])
+        except (KeyError, ValueError):
+            return float("inf")
+        return end.timestamp() - time.time()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         del frame

@@ -84,7 +84,12 @@ def test_the_first_failing_rank_reaches_status_and_output(tmp_path: Path) -> Non
 
 
 def test_no_time_left_hands_over(tmp_path: Path) -> None:
-    done, attempts = supervise(tmp_path, "exit 1", SLURM_JOB_END_TIME="1000")
+    scontrol = tmp_path / "bin" / "scontrol"  # stands in for Slurm's, which says this much
+    scontrol.parent.mkdir()
+    scontrol.write_text("#!/bin/sh\necho JobState=RUNNING EndTime=2020-01-01T00:00:00\n")
+    scontrol.chmod(0o755)
+    path = f"{scontrol.parent}:{os.environ['PATH']}"
+    done, attempts = supervise(tmp_path, "exit 1", SLURM_JOB_ID="9", PATH=path)
     assert done.returncode == 1 and len(attempts) == 1
     assert "submit again with the same --run-dir" in done.stdout
 
