@@ -43,17 +43,19 @@ export TORCH_NCCL_AVOID_RECORD_STREAMS="${TORCH_NCCL_AVOID_RECORD_STREAMS:-1}"
 # NVLS reserves buffers per communicator; many process groups would cost gigabytes.
 export NCCL_NVLS_ENABLE="${NCCL_NVLS_ENABLE:-0}"
 
-# NCCL's own messages go to one file per rank, not between the progress lines of all of them.
-moa_nccl_log() { # FOLDER; MOA_NCCL_DEBUG=INFO turns it on
-  [ -n "${MOA_NCCL_DEBUG:-}" ] || return 0
-  export NCCL_DEBUG="$MOA_NCCL_DEBUG" NCCL_DEBUG_FILE="$1/nccl.%h.%p.log"
-}
-
 # When a collective hangs, every rank writes its last collectives: the one that is behind is the
 # one to look at. Without Python stacks, which can deadlock with the interpreter's lock.
 export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
 export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
 export TORCH_INCLUDE_STACK_TRACE="${TORCH_INCLUDE_STACK_TRACE:-False}"
+
+# Both the record of a hang and, with MOA_NCCL_DEBUG=INFO, NCCL's own messages go to one file per
+# rank in the attempt's folder, not to a node's /tmp or between the progress lines.
+moa_nccl_logs() { # FOLDER
+  export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-$1/nccl_trace_rank_}"
+  [ -n "${MOA_NCCL_DEBUG:-}" ] || return 0
+  export NCCL_DEBUG="$MOA_NCCL_DEBUG" NCCL_DEBUG_FILE="$1/nccl.%h.%p.log"
+}
 
 # Where ranks meet: the first node of the job, by an address where its name does not resolve, and a
 # port that two jobs on one node do not share.

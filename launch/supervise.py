@@ -114,7 +114,7 @@ class Supervisor:
         self, notes: Path, exit_file: Path, number: int, casualties: attempts.Casualties
     ) -> int:
         """Runs the command; its output goes to this job's output and to the attempt's log."""
-        environment = dict(os.environ)
+        environment = {**os.environ, "MOA_LOGS": str(notes)}
         if "MASTER_PORT" in environment:
             # The port of an attempt that has just died may still be taken.
             environment["MASTER_PORT"] = str(int(environment["MASTER_PORT"]) + number % 100)

@@ -15,6 +15,7 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 # shellcheck source=launch/env.sh
 . "$root/launch/env.sh"
 moa_device_connections "$@"
+moa_nccl_logs "${MOA_LOGS:-.}"
 
 if [ -n "${MOA_PER_RANK:-}" ]; then
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS

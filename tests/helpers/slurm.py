@@ -101,7 +101,7 @@ _NODE = (
     "NodeName={node} NodeHostname={host} NodeAddr={address} Port={port} "
     "CPUs=4 RealMemory=8000 Gres=gpu:{gpus}\n"
 )
-_PARTITION = "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n"
+_PARTITION = "PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n"
 
 
 class ClusterError(AssertionError):
