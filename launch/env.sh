@@ -52,7 +52,7 @@ export TORCH_INCLUDE_STACK_TRACE="${TORCH_INCLUDE_STACK_TRACE:-False}"
 # Both the record of a hang and, with MOA_NCCL_DEBUG=INFO, NCCL's own messages go to one file per
 # rank in the attempt's folder, not to a node's /tmp or between the progress lines.
 moa_nccl_logs() { # FOLDER
-  export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-$1/nccl_trace_rank_}"
+  export TORCH_FR_DUMP_TEMP_FILE="${TORCH_FR_DUMP_TEMP_FILE:-$1/nccl_trace_rank_}"
   [ -n "${MOA_NCCL_DEBUG:-}" ] || return 0
   export NCCL_DEBUG="$MOA_NCCL_DEBUG" NCCL_DEBUG_FILE="$1/nccl.%h.%p.log"
 }

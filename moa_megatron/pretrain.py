@@ -186,6 +186,9 @@ def _short(path: Path) -> str:
         return str(path)
 
 
+if __name__ == "__mp_main__":  # imported by a process that multiprocessing has spawned
+    stopping.serve_parent()
+
 if __name__ == "__main__":
     stopping.install()
     code = main()

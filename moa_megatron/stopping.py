@@ -18,6 +18,8 @@ import ctypes
 import math
 import os
 import signal
+import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -78,6 +80,24 @@ def die_with_parent() -> None:
     """Ends this process when its launcher dies, even by SIGKILL: no rank outlives the others."""
     with contextlib.suppress(OSError, AttributeError):  # Linux only
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def serve_parent() -> None:
+    """For processes that a rank spawns to write checkpoints: they live exactly as long as it does.
+
+    Slurm's signals reach them too; dying of one would break the very save it asks for. And the rank
+    may be killed, whereupon nobody would end them.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    # Not die_with_parent: that would also fire when only the thread that spawned us ends.
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _receive(number: int, frame: FrameType | None) -> None:

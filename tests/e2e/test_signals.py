@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 
 from moa_megatron import runstate, telemetry
 from tests.e2e.runs import ROOT, SMALL_MOE, Outcome, environment, pretrain
+from tests.helpers.slurm import marked_processes
 
 PAIR = [*SMALL_MOE, "--expert-model-parallel-size", "2"]
 
@@ -23,7 +26,7 @@ def start(folder: Path, *words: str) -> subprocess.Popen[str]:
     command = [str(ROOT / "launch" / "local.sh"), "tiny-moe", *words, "--run-dir", str(folder)]
     return subprocess.Popen(
         command,
-        env=environment(NPROC="2"),
+        env=environment(NPROC="2", MOA_LOGS=str(folder)),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -46,8 +49,9 @@ def after(process: subprocess.Popen[str], text: str, act: Callable[[], object]) 
 
 
 def alive(folder: Path) -> list[int]:
-    found = psutil.process_iter(["cmdline"])
-    return [p.pid for p in found if str(folder) in " ".join(p.info["cmdline"] or [])]
+    """Processes of a run two seconds after its end, which those that a rank spawned may take."""
+    time.sleep(2)
+    return marked_processes(str(folder))
 
 
 @pytest.mark.slow
@@ -102,6 +106,21 @@ def test_an_evaluation_cut_short_does_not_shift_the_next(tmp_path: Path) -> None
     assert ours[telemetry.TRAIN_LOSS] == theirs[telemetry.TRAIN_LOSS]
     assert 3 not in ours[telemetry.VALID_LOSS].steps, "it was cut short"
     assert ours[telemetry.VALID_LOSS].values[-1] == theirs[telemetry.VALID_LOSS].values[-1]
+
+
+@pytest.mark.slow
+def test_signals_to_every_process_do_not_tear_a_later_save(tmp_path: Path) -> None:
+    """Slurm signals all processes of a step: those that write checkpoints, load data, wait."""
+    folder = tmp_path / "run"
+    process = start(folder, *PAIR, "--train-iters", "4000")
+
+    def everyone() -> None:
+        for pid in marked_processes(str(folder)):
+            os.kill(pid, signal.SIGUSR1)
+
+    after(process, "successfully saved checkpoint from iteration       3", everyone)
+    assert process.wait() == 75 and not alive(folder)
+    assert runstate.complete_steps(folder / "checkpoints")[-1] > 3
 
 
 @pytest.mark.slow

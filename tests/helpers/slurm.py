@@ -216,13 +216,9 @@ class Cluster:
         self.run("scancel", *words)
 
     def processes(self, marker: str) -> list[int]:
-        """Living processes with ``marker`` in their command line, but for the caller's own."""
+        """Living processes with ``marker`` in their command or environment, but the caller's."""
         ours = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
-        return [
-            process.pid
-            for process in psutil.process_iter(["cmdline"])
-            if process.pid not in ours and marker in " ".join(process.info["cmdline"] or [])
-        ]
+        return [pid for pid in marked_processes(marker) if pid not in ours]
 
     def _configure(self) -> None:
         self.folder.chmod(0o755)  # jobs and munge's clients of every user pass through
@@ -255,6 +251,20 @@ class Cluster:
 
     def _logs(self) -> str:
         return "\n".join(_tail(path) for path in sorted(self.folder.glob("*.log")))
+
+
+def marked_processes(marker: str) -> list[int]:
+    """Living processes with ``marker`` in their command line or environment.
+
+    What a rank spawns names nothing in its command line, but inherits the environment.
+    """
+    found = []
+    for process in psutil.process_iter(["cmdline", "environ", "status"]):
+        facts = process.info
+        words = [*(facts["cmdline"] or []), *(facts["environ"] or {}).values()]
+        if facts["status"] != psutil.STATUS_ZOMBIE and any(marker in word for word in words):
+            found.append(process.pid)
+    return found
 
 
 def _path() -> str:

@@ -58,7 +58,8 @@ class Submitted:
         return [self.cluster.wait(job, timeout)["JobState"] for job in self.jobs]
 
     def orphans(self) -> list[int]:
-        """Processes of this run that are still alive."""
+        """Processes of this run that are still alive two seconds after its end."""
+        time.sleep(2)  # what a rank has spawned looks for it every second
         return self.cluster.processes(str(self.folder))
 
 

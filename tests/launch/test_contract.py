@@ -94,8 +94,9 @@ def test_signals_reach_every_rank_and_leave_none(
     cluster: Cluster, shared: Path, model: tuple[str, ...], name: str
 ) -> None:
     folder = shared / f"signal-{name}-{len(model)}"
-    run = submit(cluster, folder, "tiny-moe", *ENDLESS, "--procs-per-node", "2", *model)
-    run.wait_for_step(2)
+    often = ["--save-interval", "3"]  # a save before the signal: its writers are signalled too
+    run = submit(cluster, folder, "tiny-moe", *PAIR, *ENDLESS[-2:], *often, *model)
+    run.wait_for(r"successfully saved checkpoint from iteration +3")
     cluster.cancel(f"--signal={name}", run.jobs[0])
     assert run.wait() == ["FAILED"]
     assert run.status["exit_code"] == 75 and run.status["signal"] == f"SIG{name}"
