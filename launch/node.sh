@@ -21,10 +21,9 @@ keeper=()
 ! command -v setpriv >/dev/null 2>&1 || keeper=(setpriv --pdeathsig KILL)
 
 # MOA_WRAP: a profiler in front of torchrun, which then sees all ranks of the node.
-# shellcheck disable=SC2086
 (
   trap '' TERM USR1 USR2
-  exec "${keeper[@]}" ${MOA_WRAP:-} "$python" -m torch.distributed.run --signals-to-handle SIGINT,SIGHUP,SIGQUIT \
+  exec "${keeper[@]}" ${MOA_WRAP:+"$MOA_WRAP"} "$python" -m torch.distributed.run --signals-to-handle SIGINT,SIGHUP,SIGQUIT \
     "${options[@]}" -m moa_megatron.pretrain "$@"
 ) &
 agent=$!

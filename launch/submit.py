@@ -73,6 +73,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--per-rank", action="store_true", help="one Slurm task per process, without torchrun")
     add("--grace", type=int, default=300, metavar="S", help="seconds before the limit to save")
     add("--run-dir", type=Path, help="default: runs/RECIPE-TIME")
+    add("--profile", action="store_true", help="three steps under nsys (docs/profiling.md)")
+    add("--torch-profiler", action="store_true", help="the same with torch's own profiler")
     add("--no-check", action="store_true", help="skip Megatron's own check of the flags")
     add("--dry-run", action="store_true", help="print plan and script, submit nothing")
     options, flags = parser.parse_known_args(argv)
@@ -86,6 +88,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def plan(options: argparse.Namespace, flags: list[str]) -> submission.Job:
     """The job that the options describe."""
+    if options.profile or options.torch_profiler:
+        flags = [*submission.profile_flags(flags, options.torch_profiler), *flags]
     points = submission.sweep_points(options.array_sweep)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     kind = "sweep-" if points else ""
@@ -114,6 +118,7 @@ def plan(options: argparse.Namespace, flags: list[str]) -> submission.Job:
         points=points,
         container=options.container,
         mounts=options.mounts,
+        nsys=options.profile and not options.torch_profiler,
     )
 
 

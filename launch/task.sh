@@ -23,8 +23,7 @@ if [ -n "${MOA_PER_RANK:-}" ]; then
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(moa_threads "$MOA_PROCS_PER_NODE")}"
   # A signal that comes before the interpreter listens must not end the rank.
   trap '' TERM USR1 USR2
-  # shellcheck disable=SC2086  # MOA_WRAP is a command with its options
-  exec ${MOA_WRAP:-} "$MOA_PYTHON" -m moa_megatron.pretrain "$@"
+  exec ${MOA_WRAP:+"$MOA_WRAP"} "$MOA_PYTHON" -m moa_megatron.pretrain "$@"
 fi
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(moa_threads "$MOA_PROCS_PER_NODE")}"

@@ -42,6 +42,7 @@ class Job:
     points: list[dict[str, Any]] = field(default_factory=list)
     container: str | None = None
     mounts: str | None = None
+    nsys: bool = False
 
     @property
     def world_size(self) -> int:
@@ -50,6 +51,10 @@ class Job:
     def problems(self) -> list[str]:
         """Every reason not to submit that can be seen without Megatron and without Slurm."""
         found = self._resources() + self._folder() + self._image()
+        if self.nsys and self.points:
+            found.append(
+                "--profile with --array-sweep: profile one point by a submission of its own"
+            )
         if self.world_size < 1:
             return found
         variants = self.points or [{"name": "", "settings": {}}]
@@ -151,6 +156,15 @@ class Job:
         variables = {**self._variables(), "MOA_TOOL": "tools/report_sweep.py"}
         return _render(options, variables, [str(self.folder)])
 
+    def _profiler(self) -> dict[str, str]:
+        ranks = outline.outline(self.recipe, self.flags).get("profile_ranks", 0)
+        words = ranks if isinstance(ranks, list) else [ranks]
+        return {
+            "MOA_WRAP": str(ROOT / "launch" / "nsys.sh"),
+            "MOA_PROFILE_DIR": str(self.folder / "nsight"),
+            "MOA_PROFILE_RANKS": " ".join(map(str, words)),
+        }
+
     def _variables(self) -> dict[str, str]:
         outside = not self.folder.is_relative_to(ROOT)
         mounts = [f"{self.folder}:{self.folder}"] if outside else []
@@ -160,8 +174,20 @@ class Job:
             "MOA_PROCS_PER_NODE": str(self.procs_per_node),
             "MOA_PER_RANK": "1" if self.per_rank else "",
             "MOA_CONTAINER": self.container or "",
+            **(self._profiler() if self.nsys else {}),
             "MOA_MOUNTS": ",".join(mounts) if self.container else "",
         }
+
+
+def profile_flags(flags: list[str], torch_profiler: bool) -> list[str]:
+    """Megatron's capture window: three steps of rank 0, where the flags name no other."""
+    added = ["--profile", "--nvtx-ranges"]
+    added += ["--use-pytorch-profiler"] if torch_profiler else []
+    window = {"--profile-step-start": "10", "--profile-step-end": "13", "--profile-ranks": "0"}
+    given = {flag.split("=")[0] for flag in flags}
+    for flag, value in window.items():
+        added += [] if flag in given else [flag, value]
+    return added
 
 
 def _render(options: dict[str, str], variables: dict[str, str], words: list[str]) -> str:

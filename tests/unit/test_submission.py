@@ -147,6 +147,17 @@ def test_a_sweep_has_an_array_and_a_report(tmp_path: Path) -> None:
     subprocess.run(["bash", "-n"], input=report, text=True, check=True)
 
 
+def test_profiled_jobs(tmp_path: Path) -> None:
+    flags = submission.profile_flags(["--profile-ranks", "0", "8"], torch_profiler=False)
+    assert "--profile-ranks" not in flags and flags[-1] == "13"
+    profiled = job(tmp_path, nsys=True, flags=["--profile-ranks", "0", "8"]).script()
+    assert f"export MOA_PROFILE_DIR={tmp_path}/nsight" in profiled
+    assert "export MOA_PROFILE_RANKS='0 8'" in profiled
+    assert f"export MOA_WRAP={submission.ROOT}/launch/nsys.sh" in profiled
+    sweep = job(tmp_path, nsys=True, points=sweep_points(["lr=1e-3,2e-3"]))
+    assert any("--profile with --array-sweep" in text for text in sweep.problems())
+
+
 def test_outline_reads_flags_as_megatron_would() -> None:
     words = ["--lr=2e-3", "--sequence-parallel", "--moa-dictionary", "silu", "id"]
     values = outline.outline("tiny-moe", [*words, "--set", "swiglu=false"])
