@@ -50,7 +50,7 @@ count_gpus() { { nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l; }
 nproc_wanted=${NPROC:-$(count_gpus)}
 if [ "$nproc_wanted" -le 1 ]; then
   [ "${DRY_RUN:-0}" = 0 ] || echo "would run: python ${command[*]}"
-  exec "$python" "${command[@]}"
+  exec ${MOA_WRAP:+"$MOA_WRAP"} "$python" "${command[@]}"
 fi
 
 # torchrun turns every exit code into 1: the true one travels in a file.
@@ -61,7 +61,7 @@ launcher=(-m torch.distributed.run --standalone --nproc-per-node "$nproc_wanted"
 [ "${DRY_RUN:-0}" = 0 ] || echo "would run: python ${launcher[*]} ${command[*]}"
 code=0
 rm -f "$exit_file"
-"$python" "${launcher[@]}" "${command[@]}" --exit-file "$exit_file" &
+${MOA_WRAP:+"$MOA_WRAP"} "$python" "${launcher[@]}" "${command[@]}" --exit-file "$exit_file" &
 launched=$!
 # A signal goes on to the ranks, which save and stop; bash alone would leave them running.
 trap 'kill -TERM "$launched" 2>/dev/null || true' TERM INT
