@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers.nsys_example import picture
 from tests.helpers.nsys_file import BACKWARD, MAIN, PID, VERSIONS, NsysFile
 from tools import nsys_report
 from tools.nsight import intervals, report
@@ -458,3 +459,10 @@ def test_intervals_against_sets_of_times(first: list[Any], second: list[Any]) ->
     assert covered(rest) == covered(first) - covered(second)
     assert intervals.length(rest) == len(covered(rest))
     assert covered(intervals.clip(a, (10, 30))) == covered(first) & set(range(10, 30))
+
+
+def test_picture_of_the_docs_is_what_the_report_draws() -> None:
+    root = Path(__file__).parents[2]
+    committed = root / "docs" / "results" / "nsys-example.svg"
+    assert committed.read_text(encoding="utf-8") == picture()
+    assert "synthetic" in picture()

@@ -32,9 +32,6 @@ td.text,th.text{text-align:left}tr.total td{font-weight:600;background:var(--bac
 .key{display:inline-block;width:11px;height:11px;border-radius:2px;margin-right:6px}
 .legend span{margin-right:16px;white-space:nowrap;font-size:13px}
 svg{width:100%;min-width:900px;height:auto;display:block}
-svg text{font:11px system-ui,sans-serif;fill:var(--soft)}
-.lane{fill:#f0f2f5}.grid{stroke:#e3e7ec}.lane-name{text-anchor:end}
-.range{fill:#e8eef6;stroke:#b7c7dc}svg .range-name{fill:var(--ink)}
 """
 
 

@@ -12,12 +12,22 @@ from tools.nsight.classes import COLOURS
 from tools.nsight.steps import Rank, Step
 
 WIDTH, LEFT, ROW, GAP, DEPTH = 1120, 118, 22, 5, 5
+# Inside of the picture, so that it stands alone.
+_STYLE = (
+    "text{font:11px system-ui,sans-serif;fill:#5b6875}.lane{fill:#f0f2f5}.grid{stroke:#e3e7ec}"
+    ".lane-name{text-anchor:end}.tick{text-anchor:middle}"
+    ".range{fill:#e8eef6;stroke:#b7c7dc}.range-name{fill:#1d2733}"
+)
 # Narrower neighbours of one class are drawn as one: a step has more kernels than a picture pixels.
 _PIXEL = 0.5
 
 
-def draw(rank: Rank, step: Step) -> str:
-    """The picture of a step, an ``<svg>`` element without outside references."""
+def draw(rank: Rank, step: Step, note: str = "") -> str:
+    """The picture of a step, an ``<svg>`` element without outside references.
+
+    Args:
+        note: a line below the lanes.
+    """
     low, high = step.window
     scale = (WIDTH - LEFT - 8) / max(high - low, 1)
     rows: list[str] = []
@@ -46,11 +56,29 @@ def draw(rank: Rank, step: Step) -> str:
                 f'fill="{COLOURS[label]}"><title>{title}</title></rect>'
             )
         y += ROW + GAP
+    axis = _axis(high - low, scale, y)
+    legend = _legend(sorted({a.label for a in rank.inside(step.window)}, key=list(COLOURS).index))
+    rows.append(f'<g transform="translate(0 {y + 6})">{legend}</g>')
+    if note:
+        y += ROW
+        rows.append(f'<text x="{LEFT}" y="{y + 18}">{escape(note)}</text>')
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + 4}" role="img" '
-        f'aria-label="timeline of step {escape(step.label)}">'
-        f"{_axis(high - low, scale, y)}{''.join(rows)}</svg>"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + 28}" role="img" '
+        f'aria-label="timeline of step {escape(step.label)}"><style>{_STYLE}</style>'
+        f"{axis}{''.join(rows)}</svg>"
     )
+
+
+def _legend(labels: Sequence[str]) -> str:
+    """Colours of the classes, in one line."""
+    x, entries = LEFT, []
+    for label in labels:
+        entries.append(
+            f'<rect x="{x}" y="2" width="10" height="10" rx="2" fill="{COLOURS[label]}"/>'
+            f'<text x="{x + 14}" y="11">{escape(label)}</text>'
+        )
+        x += 30 + round(5.7 * len(label))
+    return "".join(entries)
 
 
 def _axis(length: int, scale: float, bottom: int) -> str:
@@ -76,7 +104,8 @@ def _label(text: str, y: int) -> str:
 
 
 def _range(name: str, x: float, y: int, width: float, time: int) -> str:
-    tag = name if len(name) * 6.2 < width else ""
+    # All of the name, the end of it, or nothing, whatever has room.
+    tag = next((t for t in (name, name.rpartition(".")[2]) if len(t) * 6.2 + 6 < width), "")
     text = f'<text class="range-name" x="{x + 4:.1f}" y="{y + 13}">{escape(tag)}</text>'
     title = escape(f"{name} · {time / 1e3:,.1f} us on the host")
     return (
