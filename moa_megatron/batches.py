@@ -40,7 +40,8 @@ def forward_step(
 ) -> tuple[Any, partial[tuple[Tensor, Tensor, dict[str, Tensor]]]]:
     """One micro-batch: model output and the function that turns it into a loss."""
     # Megatron marks no steps in a profile; evaluation belongs to none.
-    with ranges.step(get_args().curr_iteration + 1) if model.training else nullcontext():
+    number = getattr(get_args(), "curr_iteration", -1) + 1
+    with ranges.step(number) if model.training else nullcontext():
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
         batch = _batch(data_iterator, model)

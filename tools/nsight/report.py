@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from moa_megatron.profiling import RANGES
-from tools.nsight import intervals
 from tools.nsight.attribution import attribute
 from tools.nsight.capture import Activity, Capture, read
 from tools.nsight.classes import COLOURS, MOA
 from tools.nsight.steps import Rank, ranks_of, summary
 from tools.nsight.survey import survey
 
+_Piece = tuple[Activity, float]
 SCHEMA = 1
 TOP_KERNELS = 15
 
@@ -81,7 +81,7 @@ def _window_warnings(rank: Rank) -> list[str]:
 
 
 def _rank(rank: Rank) -> dict[str, Any]:
-    inside = {step.label: rank.inside(step.window) for step in rank.counted}
+    pieces, steps = _pieces(rank), len(rank.counted)
     table = summary(rank.counted)
     excluded = [step.label for step in rank.steps if not step.counted]
     return {
@@ -89,7 +89,7 @@ def _rank(rank: Rank) -> dict[str, Any]:
         "gpu": rank.capture.gpus.get(rank.device, ""),
         "steps": {
             "source": rank.source,
-            "n": len(rank.counted),
+            "n": steps,
             "excluded": excluded,
             "rows": [
                 {"step": s.label, "counted": s.counted, "start": s.window[0]} | s.metrics
@@ -97,32 +97,32 @@ def _rank(rank: Rank) -> dict[str, Any]:
             ],
             "summary": table,
         },
-        "classes": _classes(rank, inside),
-        "kernels": _kernels(rank, inside),
-        "moa": _moa(rank, inside),
-        "ranges": _tree(rank, inside),
-        "copies": _copies(rank, inside),
+        "classes": _classes(pieces),
+        "kernels": _kernels(pieces, steps),
+        "moa": _moa(pieces),
+        "ranges": _tree(pieces),
+        "copies": _copies(pieces, steps),
         "ceiling": _ceiling(table),
         "coverage": _coverage(rank),
     }
 
 
-def _pieces(rank: Rank, inside: dict[str, list[Activity]]) -> list[tuple[Activity, float]]:
-    """Activities of the counted steps and their time inside, ns per step."""
-    windows = {step.label: step.window for step in rank.counted}
+def _pieces(rank: Rank) -> list[_Piece]:
+    """Activities of the counted steps and their time inside of them, ns per step."""
     found = []
-    for label, activities in inside.items():
-        for activity in activities:
-            time = intervals.length(intervals.clip([activity.interval], windows[label]))
-            found.append((activity, time / len(inside)))
+    for step in rank.counted:
+        low, high = step.window
+        for activity in rank.inside(step.window):
+            time = min(activity.end, high) - max(activity.start, low)
+            found.append((activity, time / len(rank.counted)))
     return found
 
 
-def _classes(rank: Rank, inside: dict[str, list[Activity]]) -> list[dict[str, Any]]:
+def _classes(pieces: list[_Piece]) -> list[dict[str, Any]]:
     """Device time by class, summed over streams, with shares of that sum."""
     times: dict[str, float] = dict.fromkeys(COLOURS, 0.0)
     counts: dict[str, int] = dict.fromkeys(COLOURS, 0)
-    for activity, time in _pieces(rank, inside):
+    for activity, time in pieces:
         times[activity.label] += time
         counts[activity.label] += 1
     whole = sum(times.values()) or 1.0
@@ -133,12 +133,13 @@ def _classes(rank: Rank, inside: dict[str, list[Activity]]) -> list[dict[str, An
     ]
 
 
-def _kernels(rank: Rank, inside: dict[str, list[Activity]]) -> list[dict[str, Any]]:
+def _kernels(pieces: list[_Piece], steps: int) -> list[dict[str, Any]]:
     """The kernels that take most, by short name and class."""
     times: dict[tuple[str, str], float] = defaultdict(float)
     counts: dict[tuple[str, str], int] = defaultdict(int)
-    pieces = [piece for piece in _pieces(rank, inside) if piece[0].kind == "kernel"]
     for activity, time in pieces:
+        if activity.kind != "kernel":
+            continue
         times[activity.name, activity.label] += time
         counts[activity.name, activity.label] += 1
     whole = sum(times.values()) or 1.0
@@ -148,7 +149,7 @@ def _kernels(rank: Rank, inside: dict[str, list[Activity]]) -> list[dict[str, An
             "class": label,
             "count": counts[name, label],
             "time": time,
-            "mean": time * len(inside) / counts[name, label],
+            "mean": time * steps / counts[name, label],
             "share": time / whole,
         }
         for (name, label), time in times.items()
@@ -156,11 +157,11 @@ def _kernels(rank: Rank, inside: dict[str, list[Activity]]) -> list[dict[str, An
     return sorted(rows, key=lambda row: (-row["time"], row["kernel"]))[:TOP_KERNELS]
 
 
-def _moa(rank: Rank, inside: dict[str, list[Activity]]) -> dict[str, Any]:
+def _moa(pieces: list[_Piece]) -> dict[str, Any]:
     """Device time of the project's own ranges, forward and backward, without their inner ranges."""
     regions: dict[str, dict[str, float]] = {}
     kernels = share = 0.0
-    for activity, time in _pieces(rank, inside):
+    for activity, time in pieces:
         if activity.kind == "kernel":
             kernels += time
             share += time if activity.label in MOA else 0.0
@@ -172,11 +173,11 @@ def _moa(rank: Rank, inside: dict[str, list[Activity]]) -> dict[str, Any]:
     return {"share_of_kernel_time": share / kernels if kernels else 0.0, "regions": ordered}
 
 
-def _tree(rank: Rank, inside: dict[str, list[Activity]]) -> list[dict[str, Any]]:
+def _tree(pieces: list[_Piece]) -> list[dict[str, Any]]:
     """Inclusive device time of every path of ranges, depth first, the longest first."""
     times: dict[tuple[str, ...], float] = defaultdict(float)
     counts: dict[tuple[str, ...], int] = defaultdict(int)
-    for activity, time in _pieces(rank, inside):
+    for activity, time in pieces:
         path = (*activity.ranges, "(backward)") if activity.backward else activity.ranges
         for depth in range(1, len(path) + 1):
             times[path[:depth]] += time
@@ -193,10 +194,10 @@ def _tree(rank: Rank, inside: dict[str, list[Activity]]) -> list[dict[str, Any]]
     return below(())
 
 
-def _copies(rank: Rank, inside: dict[str, list[Activity]]) -> list[dict[str, Any]]:
+def _copies(pieces: list[_Piece], steps: int) -> list[dict[str, Any]]:
     """Copies by direction and memory (pinned or pageable), and fills; bytes per step."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for activity, time in _pieces(rank, inside):
+    for activity, time in pieces:
         if activity.kind not in ("memcpy", "memset"):
             continue
         row = rows.setdefault(
@@ -210,7 +211,7 @@ def _copies(rank: Rank, inside: dict[str, list[Activity]]) -> list[dict[str, Any
             },
         )
         row["count"] += 1
-        row["bytes"] += activity.bytes / len(inside)
+        row["bytes"] += activity.bytes / steps
         row["time"] += time
     return sorted(rows.values(), key=lambda row: -row["time"])
 
