@@ -149,3 +149,33 @@ class NsysFile:
         table("ENUM_CUDA_MEMCPY_OPER", "id INTEGER, name TEXT, label TEXT", labels)
         columns = "timestamp INTEGER, source INTEGER, severity INTEGER, text TEXT"
         table("DIAGNOSTIC_EVENT", columns, [(0, 1, *said) for said in self._diagnostics])
+
+
+def training() -> NsysFile:
+    """Steps 5 to 7; the first starts the profiler, the others are small enough to add up."""
+    file = NsysFile()
+    file.range("train.step 5", 100, 180)
+    file.kernel("nvjet_hsh", 200, 300, launch=110)
+    for name, start, end in (
+        ("train.step 6", 1000, 1500),
+        ("moe.routed", 1010, 1400),
+        ("moe.experts", 1020, 1390),
+        ("moa.gate", 1030, 1060),
+        ("aten::mm, seq = 41", 1035, 1055),
+        ("moa.fc1", 1070, 1100),
+        ("moa.mixture", 1110, 1150),
+    ):
+        file.range(name, start, end)
+    file.kernel("nvjet_hsh", 1100, 1200, launch=1040)
+    file.kernel("nvjet_hsh", 1200, 1500, launch=1080)
+    file.kernel("mixture_forward", 1500, 1600, launch=1120)
+    file.kernel("ncclDevKernel_AllReduce", 1400, 1800, launch=1450, stream=13)
+    backward = "autograd::engine::evaluate_function: MmBackward0, seq = 41"
+    file.range(backward, 1850, 1890, thread=BACKWARD)
+    file.kernel("nvjet_hsh", 1900, 2000, launch=1860, thread=BACKWARD)
+    file.copy(1, 1, 2, 2000, 2050, size=1000)
+    file.range("train.step 7", 2500, 2900)
+    file.kernel("nvjet_hsh", 2600, 2900, launch=2510)
+    file.range("Optimizer.step#AdamW.step", 2920, 2960)
+    file.kernel("multi_tensor_apply_kernel", 2940, 3000, launch=2930)
+    return file

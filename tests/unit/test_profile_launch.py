@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.runs import ROOT
-from tests.unit.test_nsys_report import training
+from tests.helpers.nsys_file import training
 
 NSYS, PROFILE = ROOT / "launch" / "nsys.sh", ROOT / "launch" / "profile.sh"
 FAKE = """#!/usr/bin/env bash
