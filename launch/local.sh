@@ -52,7 +52,7 @@ count_gpus() { { nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l; }
 nproc_wanted=${NPROC:-$(count_gpus)}
 if [ "$nproc_wanted" -le 1 ]; then
   [ "${DRY_RUN:-0}" = 0 ] || echo "would run: python ${command[*]}"
-  exec "$MOA_PYTHON" "${command[@]}"
+  exec ${MOA_WRAP:+"$MOA_WRAP"} "$MOA_PYTHON" "${command[@]}"
 fi
 
 # torchrun turns every exit code into 1: the true one travels in a file.

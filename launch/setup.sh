@@ -4,6 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+# A link leads to the environment of another checkout, which looks after it.
+[ ! -L .venv ] || exit 0
+
 stamp=.venv/.moa-lock
 if [ -f "$stamp" ] && cmp -s uv.lock "$stamp" && [ "$stamp" -nt pyproject.toml ]; then
   exit 0

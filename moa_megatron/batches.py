@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,8 @@ from megatron.training import get_args, get_timers, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
+from moa_megatron import ranges
+
 _SPIKE = 10  # times the largest loss seen so far, as in Megatron's GPT entry
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
@@ -36,16 +39,19 @@ def forward_step(
     return_schedule_plan: bool = False,
 ) -> tuple[Any, partial[tuple[Tensor, Tensor, dict[str, Tensor]]]]:
     """One micro-batch: model output and the function that turns it into a loss."""
-    timers = get_timers()
-    timers("batch-generator", log_level=2).start()
-    batch = _batch(data_iterator, model)
-    timers("batch-generator").stop()
-    inputs = (batch["tokens"], batch["position_ids"], batch["attention_mask"])
-    keywords = {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
-    if return_schedule_plan:
-        output = model.build_schedule_plan(*inputs, **keywords)
-    else:
-        output = model(*inputs, **keywords)
+    # Megatron marks no steps in a profile; evaluation belongs to none.
+    number = getattr(get_args(), "curr_iteration", -1) + 1
+    with ranges.step(number) if model.training else nullcontext():
+        timers = get_timers()
+        timers("batch-generator", log_level=2).start()
+        batch = _batch(data_iterator, model)
+        timers("batch-generator").stop()
+        inputs = (batch["tokens"], batch["position_ids"], batch["attention_mask"])
+        keywords = {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
+        if return_schedule_plan:
+            output = model.build_schedule_plan(*inputs, **keywords)
+        else:
+            output = model(*inputs, **keywords)
     return output, partial(_checked_loss, batch["loss_mask"])
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
+from moa_megatron import ranges
 from moa_megatron.config import MoAConfig
 from moa_megatron.gates import MoAGate, draw_expert_seeds
 from moa_megatron.grouped import MoAGroupedMLP, MoATEGroupedMLP
@@ -45,8 +49,55 @@ class MoASequentialMLP(SequentialMLP):
             )
             self.local_experts.append(expert)
 
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As ``SequentialMLP``, in a range."""
+        with ranges.EXPERTS:
+            return super().forward(*args, **kwargs)
 
-class MoALayer(MoELayer):
+
+class RangedMoELayer(MoELayer):
+    """``MoELayer`` whose stages profilers can tell apart; upstream pushes no range for them.
+
+    Each method is upstream's in a range; they are also what its overlapped schedule calls.
+    """
+
+    def route(self, *args: Any, **kwargs: Any) -> Any:
+        """Probabilities and routing map."""
+        with ranges.ROUTER:
+            return super().route(*args, **kwargs)
+
+    def shared_experts_compute(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """Output of the shared experts, or None."""
+        with ranges.SHARED_EXPERTS:
+            return super().shared_experts_compute(*args, **kwargs)
+
+    def preprocess(self, *args: Any, **kwargs: Any) -> Any:
+        """Tokens and probabilities as the dispatcher wants them."""
+        with ranges.DISPATCH:
+            return super().preprocess(*args, **kwargs)
+
+    def dispatch(self, *args: Any, **kwargs: Any) -> Any:
+        """Tokens and probabilities on the ranks of their experts."""
+        with ranges.DISPATCH:
+            return super().dispatch(*args, **kwargs)
+
+    def routed_experts_compute(self, *args: Any, **kwargs: Any) -> Any:
+        """Output of this rank's experts, ready to go back."""
+        with ranges.ROUTED:
+            return super().routed_experts_compute(*args, **kwargs)
+
+    def combine(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Outputs on the ranks of their tokens."""
+        with ranges.COMBINE:
+            return super().combine(*args, **kwargs)
+
+    def postprocess(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output."""
+        with ranges.COMBINE:
+            return super().postprocess(*args, **kwargs)
+
+
+class MoALayer(RangedMoELayer):
     """A MoE layer that owns one gate and lends it to its shared and routed experts.
 
     With ``gate_scope='expert'`` every FFN owns its gate instead, and this is ``MoELayer``.

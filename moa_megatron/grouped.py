@@ -26,6 +26,7 @@ from megatron.core.transformer.moe.moe_utils import skip_routed_expert_padding
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from moa_megatron import ranges
 from moa_megatron.config import MoAConfig
 from moa_megatron.gates import MoAGate, draw_expert_seeds
 from moa_megatron.grouped_linear import GroupedLinear, MoAGroupedGate
@@ -113,8 +114,9 @@ class MoATEGroupedMLP(TEGroupedMLP):
             x_Td, padded = self.quantization_padding(x_Td, counts)
             probs_T1, _ = self.quantization_padding(probs_T1, counts)
 
-        preact_TP, coefficients = self._up(x_Td, padded)
-        output = self._mix_and_down(preact_TP, coefficients, probs_T1, padded)
+        with ranges.EXPERTS:
+            preact_TP, coefficients = self._up(x_Td, padded)
+            output = self._mix_and_down(preact_TP, coefficients, probs_T1, padded)
         return self.quantization_unpadding(output, counts) if padding else output, None
 
     def _up(self, x_Td: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
@@ -123,11 +125,13 @@ class MoATEGroupedMLP(TEGroupedMLP):
             self.offload_expert_fc1, x_Td, "expert_fc1"
         )
         with offload as x_Td:
-            if hasattr(self, "moa_gate"):
-                coefficients = self.moa_gate(x_Td, counts)
-            else:
-                coefficients = self._lent_gate[0](x_Td, routed=True)
-            preact_TP, _ = self.linear_fc1(x_Td, counts)  # which adds its bias itself
+            with ranges.GATE:
+                if hasattr(self, "moa_gate"):
+                    coefficients = self.moa_gate(x_Td, counts)
+                else:
+                    coefficients = self._lent_gate[0](x_Td, routed=True)
+            with ranges.FC1:
+                preact_TP, _ = self.linear_fc1(x_Td, counts)  # which adds its bias itself
         preact_TP = offload.group_offload(
             preact_TP,
             forced_released_tensors=[x_Td],
@@ -148,7 +152,8 @@ class MoATEGroupedMLP(TEGroupedMLP):
             # Everything differentiable is an argument: a closure's gradient would be lost.
             operands = (preact_TP, coefficients, probs_T1)
             hidden_TD = recompute.checkpoint(mix, *operands) if recompute else mix(*operands)
-        output, bias = self.linear_fc2(hidden_TD, counts)
+        with ranges.FC2:
+            output, bias = self.linear_fc2(hidden_TD, counts)
         if recompute:
             recompute.discard_output_and_register_recompute(output)
         # After fc2, so that the pre-activations are back before the mixture is recomputed.
@@ -222,9 +227,10 @@ def _mix(
         coefficients: logits [T, n], or LA's scalars: [n] of a layer, [N, n] of each expert.
     """
     probs_T = probs_T1.squeeze(-1)
-    if config.mixing == "moa" or coefficients.dim() == 1:
-        return mixture(preact_TP, coefficients, config, probs_T)
-    # The op takes one set of scalars a call; it sums their gradients over all of its rows.
-    counts = list(tokens_per_expert)
-    pieces = zip(preact_TP.split(counts), coefficients, probs_T.split(counts), strict=True)
-    return torch.cat([mixture(preact, n, config, probs) for preact, n, probs in pieces])
+    with ranges.MIXTURE:
+        if config.mixing == "moa" or coefficients.dim() == 1:
+            return mixture(preact_TP, coefficients, config, probs_T)
+        # The op takes one set of scalars a call; it sums their gradients over all of its rows.
+        counts = list(tokens_per_expert)
+        pieces = zip(preact_TP.split(counts), coefficients, probs_T.split(counts), strict=True)
+        return torch.cat([mixture(preact, n, config, probs) for preact, n, probs in pieces])

@@ -28,6 +28,7 @@ from moa_megatron import (
     host,
     models,
     preflight,
+    profiling,
     runstate,
     stopping,
     telemetry,
@@ -181,7 +182,9 @@ def prepare(command: CommandLine, extra_flags: list[str]) -> Run:
         args.tensorboard_dir = str(command.run_dir / "tensorboard")
     data = _choose_data(args)
     _pad_vocabulary(args)
-    _refuse(preflight.check(args, moa))
+    # A dry run may stand for another machine.
+    has_device = command.dry_run or not host.active()
+    _refuse(preflight.check(args, moa) + profiling.problems(args, has_device))
     try:
         validate_args(args, {})
         config = models.model_config(args, moa)

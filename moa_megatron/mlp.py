@@ -10,10 +10,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import nvtx_range_pop, nvtx_range_push
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from moa_megatron import ranges
 from moa_megatron.config import MoAConfig
 from moa_megatron.gates import MoAGate, Scope
 from moa_megatron.layers import refuse_norm_in_fc1
@@ -105,23 +105,16 @@ class MoAMLP(MLP):
     ) -> tuple[Tensor, Tensor | None]:
         """[..., d] -> [..., d] and an output bias; ``per_token_scale`` [...]: routing weights."""
         gate = self.moa_gate if hasattr(self, "moa_gate") else self._lent_gate[0]
-        nvtx_range_push(suffix="moa_gate")
-        coefficients = gate(hidden_states, routed=self.is_expert)
-        nvtx_range_pop(suffix="moa_gate")
-
-        nvtx_range_push(suffix="linear_fc1")
-        preact, bias = self.linear_fc1(hidden_states)
-        nvtx_range_pop(suffix="linear_fc1")
-
-        nvtx_range_push(suffix="mixture")
-        if bias is not None:
-            preact = preact + bias
-        hidden = mixture(preact, coefficients, self.moa, per_token_scale)
-        nvtx_range_pop(suffix="mixture")
-
-        nvtx_range_push(suffix="linear_fc2")
-        output, output_bias = self.linear_fc2(hidden)
-        nvtx_range_pop(suffix="linear_fc2")
+        with ranges.GATE:
+            coefficients = gate(hidden_states, routed=self.is_expert)
+        with ranges.FC1:
+            preact, bias = self.linear_fc1(hidden_states)
+        with ranges.MIXTURE:
+            if bias is not None:
+                preact = preact + bias
+            hidden = mixture(preact, coefficients, self.moa, per_token_scale)
+        with ranges.FC2:
+            output, output_bias = self.linear_fc2(hidden)
         if per_token_scale is not None and output_bias is not None:
             # The bias of a routed expert is weighted like its output, and added here.
             output = output + output_bias * per_token_scale.unsqueeze(-1).to(output.dtype)

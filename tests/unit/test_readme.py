@@ -13,9 +13,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_every_module_stands_in_the_tree_and_every_name_exists() -> None:
     tree = README.split("## Files")[1].split("```")[1]
-    named = set(re.findall(r"[\w/]+\.py", tree))
+    named = set(re.findall(r"[\w/]+\.py", tree.split("launch/ ")[0]))
     modules = {path.name for path in (ROOT / "moa_megatron").glob("*.py")} - {"__init__.py"}
     assert named == modules
+    for script in re.findall(r"\w+\.(?:sh|sbatch|py)", tree.split("launch/ ")[1].splitlines()[0]):
+        assert (ROOT / "launch" / script).is_file(), script
     tools = {path.stem for path in (ROOT / "tools").glob("*.py")}
     assert tools == set(re.search(r"tools/\s+(.+)", tree).group(1).split())  # type: ignore[union-attr]
     for folder in re.findall(r"^(\w+)/ ", tree, flags=re.MULTILINE):
