@@ -55,17 +55,16 @@ def alive(folder: Path) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
 @pytest.mark.parametrize(
-    ("moment", "words"),
+    ("name", "moment", "words"),
     [
-        ("moa-megatron: tiny-moe", ()),  # set-up: model and data are not there yet
-        ("saving checkpoint at iteration       3", ()),
-        ("iteration        3/", ("--eval-interval", "3", "--eval-iters", "5000")),
+        ("SIGUSR1", "moa-megatron: tiny-moe", ()),  # model and data are not there yet
+        ("SIGTERM", "saving checkpoint at iteration       3", ()),
+        ("SIGUSR2", "iteration        3/", ("--eval-interval", "3", "--eval-iters", "5000")),
     ],
     ids=["set-up", "save", "evaluation"],
 )
-def test_signal(moment: str, words: tuple[str, ...], name: str, tmp_path: Path) -> None:
+def test_signal(name: str, moment: str, words: tuple[str, ...], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = start(folder, *PAIR, "--train-iters", "4000", *words)
     number = getattr(signal, name)
