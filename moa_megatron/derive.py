@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 
-from moa_megatron import installed
+from moa_megatron import installed, packages
 from moa_megatron.config import MoAConfig
 from moa_megatron.costs import moe_blocks
 from moa_megatron.recipes import RefusedError
@@ -127,7 +127,7 @@ def modules(args: argparse.Namespace, given: set[str]) -> None:
         ("apply_rope_fusion", False, "transformer_engine", False),
         ("no_persist_layer_norm", True, "apex.normalization", False),
     ):
-        if name in given or installed.importable(extension):
+        if name in given or packages.importable(extension):
             continue
         if local or also_with_engine:
             setattr(args, name, off)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from moa_megatron import installed
+from moa_megatron import installed, packages
 from moa_megatron.config import MoAConfig
 
 # Upstream arguments that MoA cannot honour: a predicate on their value, and the reason.
@@ -87,7 +87,7 @@ def _expert_overlap_problems(args: argparse.Namespace) -> list[str]:
 def machine_problems(args: argparse.Namespace) -> list[str]:
     """What the chosen modules need and this machine lacks, whatever the FFN."""
     found = []
-    apex = installed.apex_problem()
+    apex = packages.apex_problem()
     if apex is not None:
         found.append(apex)
     engine = args.transformer_impl == "transformer_engine"
@@ -102,6 +102,6 @@ def machine_problems(args: argparse.Namespace) -> list[str]:
                 f"{what}, which Megatron has on Transformer Engine only; local modules build *, - "
                 "and E: use --transformer-impl transformer_engine"
             )
-        elif package is not None and not installed.importable(package):
+        elif package is not None and not packages.importable(package):
             found.append(f"{what}, which needs the package {package}: install it")
     return found

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from moa_megatron import host, installed
+from moa_megatron import host, installed, packages
 
 FOLDERS = {"toolkit": ("lib",), "nvidia": ("multi_tensor_apply", "optimizers")}
 
@@ -33,7 +33,7 @@ def put_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> Path
 
 def test_the_wrong_apex_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = put_apex(tmp_path, monkeypatch, "toolkit")
-    problem = installed.apex_problem()
+    problem = packages.apex_problem()
     assert problem is not None
     assert str(package) in problem and "pip uninstall apex" in problem
     assert "web toolkit" in problem
@@ -41,14 +41,14 @@ def test_the_wrong_apex_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_nvidias_apex_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_apex(tmp_path, monkeypatch, "nvidia")
-    assert installed.apex_problem() is None
+    assert packages.apex_problem() is None
 
 
 def test_no_apex_and_a_hidden_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert installed.apex_problem() is None
+    assert packages.apex_problem() is None
     put_apex(tmp_path, monkeypatch, "toolkit")
     monkeypatch.setitem(sys.modules, "apex", None)
-    assert installed.apex_problem() is None, "host mode hides it, so it does no harm there"
+    assert packages.apex_problem() is None, "host mode hides it, so it does no harm there"
 
 
 def with_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, code: str) -> None:
