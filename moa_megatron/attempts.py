@@ -21,7 +21,7 @@ _FINAL = {
     17: "Megatron found a computation that fails repeatedly; look at the hardware",
 }
 # What a rank says whose peer has gone: the consequence of a failure, not its cause.
-_CONSEQUENCES = re.compile(
+CONSEQUENCES = re.compile(
     r"closed by peer|reset by peer|remote process exited|NCCL|[Tt]imed? ?out|Broken pipe"
     r"|Connection refused|DistBackendError|recvValue failed|Connection was likely closed"
 )
@@ -166,7 +166,7 @@ def first_failure(
         accounts: what failing ranks wrote (``runstate.read_failures``).
         casualties: ranks that died without writing (``Casualties.found``).
     """
-    causes = [a for a in accounts if not _CONSEQUENCES.search(a["error"])]
+    causes = [a for a in accounts if not CONSEQUENCES.search(a["error"])]
     ranked = sorted(causes + casualties, key=lambda record: record["time"])
     ranked += sorted(accounts, key=lambda record: record["time"])
     if not ranked:
