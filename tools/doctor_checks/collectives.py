@@ -47,13 +47,14 @@ class Rank:
 
     rank: int
     stage: str = "start"
+    ready: bool = False  # it waits for the others
     failed: str = ""
     code: int | None = None
     done: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def progress(self) -> int:
-        return STAGES.index(self.stage) if self.stage in STAGES else -1
+        return 2 * STAGES.index(self.stage) + self.ready if self.stage in STAGES else -1
 
     def hear(self, line: str) -> None:
         try:
@@ -62,7 +63,9 @@ class Rank:
             return
         if not isinstance(said, dict):
             return
-        self.stage = said.get("enter", self.stage)
+        if "enter" in said:
+            self.stage, self.ready = said["enter"], False
+        self.ready = said.get("ready", self.ready)
         if "done" in said:
             self.done[said["done"]] = said
         if "wrong" in said:
@@ -192,22 +195,20 @@ def judge(plan: Plan, ranks: list[Rank], hosts: dict[int, str] | None = None) ->
 
 
 def _hang(plan: Plan, late: list[Rank], ranks: list[Rank], what: str, named: Any) -> Finding:
-    furthest = max(r.progress for r in ranks)
-    behind = min(r.progress for r in late)
-    stage = STAGES[max(behind, 0)]
-    culprits = [r for r in late if r.progress == behind]
-    names = ", ".join(named(r) for r in culprits[:8])
-    limit = f"{plan.limit:g} s"
-    if behind < 1 and furthest <= 1 and not any(r.rank in plan.faults for r in culprits):
-        text = f"{what}: {names} still imports torch after {limit}: a slow or busy disk?"
+    furthest = max(ranks, key=lambda r: r.progress)
+    behind = min(late, key=lambda r: r.progress)
+    stage, limit = behind.stage, f"ended after {plan.limit:g} s"
+    names = ", ".join([named(r) for r in late if r.progress == behind.progress][:8])
+    if stage in ("start", "import"):  # not told apart from a hang: in both nothing but time passes
+        text = f"{what}: {names} still imports torch after {plan.limit:g} s: a slow or busy disk?"
         return Finding("warning", "collectives", text, "--time-limit 120", group=GROUP)
-    if behind < furthest:
-        text = (
-            f"{what}: {names} hangs before {stage}, which the others wait in; ended after {limit}"
-        )
-        text = text.replace("before import", "in the import of torch")
+    if behind.progress == furthest.progress:
+        text = f"{what}: all ranks wait in {stage}; {limit}"
     else:
-        text = f"{what}: all ranks wait in {stage}; ended after {limit}"
+        place = "in" if behind.ready else "before"
+        text = (
+            f"{what}: {names} hangs {place} {stage}, while others wait in {furthest.stage}; {limit}"
+        )
     return Finding("error", "collectives", text, _cure(plan, stage), group=GROUP)
 
 

@@ -157,7 +157,8 @@ def topology(host: Host) -> Iterator[Finding]:
     links: dict[str, int] = {}
     for line in re.sub(r"\x1b\[[\d;]*m", "", text).splitlines():
         row = re.match(r"GPU(\d+)\s+(.*)", line.strip())
-        if row:
+        # The line of headings begins like that of a GPU.
+        if row and row[2].split()[int(row[1])] == "X":
             for word in row[2].split()[:count][int(row[1]) + 1 :]:
                 kind = "NVLink" if word.startswith("NV") else word
                 links[kind] = links.get(kind, 0) + 1

@@ -2,8 +2,8 @@
 
     python -m tools.doctor_checks.worker '{"rank": 0, "world": 2, ...}'
 
-Every line on stdout is a JSON object. A rank says what it is about to do, so that of ranks which
-wait for each other the one that has not come can be named.
+Every line on stdout is a JSON object. A rank says what comes next, and, when its own preparations
+are done, that it is ready: of ranks that wait for each other the one that is missing can be named.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def main() -> int:
         torch.set_num_threads(1)
     say(enter="rendezvous")
     _fault(plan, "rendezvous")
+    say(ready=True)
     dist.init_process_group(
         plan["backend"],
         init_method=f"tcp://{plan['address']}:{plan['port']}",
@@ -90,6 +91,9 @@ def _collective(
         to = torch.arange(world, device=device).repeat_interleave(part)
         mine = mine * 1000 + to
     out = torch.empty(count, device=device)
+    # A device that hangs must be noticed before the others wait for this rank.
+    _settle(device)
+    say(ready=True)
     ranks = torch.arange(1, world + 1, device=device, dtype=torch.float32)
     if name == "all-reduce":
         expected = torch.full_like(out, world * (world + 1) / 2)
@@ -117,20 +121,22 @@ def _collective(
 
 
 def _time(call: Callable[[], None], device: Any) -> float:
-    import torch
     import torch.distributed as dist
 
-    def settle() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     dist.barrier()
-    settle()
+    _settle(device)
     start = time.perf_counter()
     for _ in range(_REPEATS):
         call()
-    settle()
+    _settle(device)
     return (time.perf_counter() - start) / _REPEATS
+
+
+def _settle(device: Any) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _fault(plan: dict[str, Any], stage: str) -> None:
