@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -62,6 +63,9 @@ GROUPS: dict[str, tuple[Check, ...]] = {
     "cluster": cluster.CHECKS,
     "project": project.CHECKS,
 }
+# Seconds; torch alone takes a minute to import from a busy disk.
+CHECK_LIMIT, IMPORT_LIMIT = 40.0, 200.0
+IMPORTING = (*torch_view.CHECKS, *libraries.CHECKS, *project.CHECKS)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,13 +78,31 @@ def examine(host: Host, groups: dict[str, tuple[Check, ...]] = GROUPS) -> Iterab
     """Findings of every check; one that itself fails becomes a finding."""
     for group, checks in groups.items():
         for check in checks:
-            try:
-                for finding in check(host):
-                    finding.group = group
-                    yield finding
-            except Exception as error:
-                text = f"this check failed itself: {type(error).__name__}: {error}"
-                yield Finding("warning", check.__name__, text, "please report it", group=group)
+            for finding in _run(check, host):
+                finding.group = group
+                yield finding
+
+
+def _run(check: Check, host: Host) -> list[Finding]:
+    found: list[Finding] = []
+
+    def work() -> None:
+        try:
+            found.extend(check(host))
+        except Exception as error:
+            text = f"this check failed itself: {type(error).__name__}: {error}"
+            found.append(Finding("warning", check.__name__, text, "please report it"))
+
+    # A thread, because a file system that has gone stops whoever asks it, for ever.
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    limit = IMPORT_LIMIT if host.imports and check in IMPORTING else CHECK_LIMIT
+    thread.join(limit)
+    if not thread.is_alive():
+        return found
+    cure = "a disk that hangs? try ls and df on the folders above; or look at dmesg"
+    text = f"did not end within {limit:g} s"
+    return [*found, Finding("error", check.__name__, text, cure)]
 
 
 def main(words: Sequence[str] | None = None) -> int:

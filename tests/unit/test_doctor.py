@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,17 @@ def test_a_check_that_breaks_is_a_finding(tmp_path: Path) -> None:
 
     findings = list(doctor.examine(machine(tmp_path), {"GPUs": (broken,)}))  # type: ignore[dict-item]
     assert [(f.level, f.group, f.check) for f in findings] == [("warning", "GPUs", "broken")]
+
+
+def test_a_check_that_hangs_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stuck(host: Host) -> Iterator[Finding]:
+        yield Finding("ok", "free disk", "plenty")
+        threading.Event().wait()
+
+    monkeypatch.setattr(doctor, "CHECK_LIMIT", 0.2)
+    findings = list(doctor.examine(machine(tmp_path), {"storage": (stuck,)}))
+    assert [(f.level, f.group, f.check) for f in findings][-1] == ("error", "storage", "stuck")
+    assert "did not end within 0.2 s" in findings[-1].message
 
 
 def smoke(fault: dict[int, dict[str, str]], limit: float) -> Finding:

@@ -219,6 +219,8 @@ def _ended(code: int | None) -> str:
 
 
 def _cure(plan: Plan, stage: str) -> str:
+    if stage in ("start", "import"):
+        return "see torch and GPUs above; this rank could not use them"
     if stage == "rendezvous":
         return f"can its host reach {plan.address}:{plan.port}? firewall, interfaces above"
     if plan.backend == "nccl":
