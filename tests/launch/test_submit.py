@@ -81,7 +81,7 @@ def test_a_sweep_with_a_failing_point(cluster: Cluster, shared: Path) -> None:
 @pytest.mark.timeout(300)
 def test_an_element_of_an_array_continues_by_requeue(cluster: Cluster, shared: Path) -> None:
     folder = shared / "requeue"
-    words = [*SMALL_MOE, "--train-iters", "200", "--array-sweep", "seed=1", "--chain", "2"]
+    words = [*SMALL_MOE, "--train-iters", "60", "--array-sweep", "seed=1", "--chain", "2"]
     run = submit(cluster, folder, "tiny-moe", *words)
     run.wait_for_step(3)
     cluster.cancel("--signal=USR1", f"{run.jobs[0]}_0")
@@ -89,4 +89,4 @@ def test_an_element_of_an_array_continues_by_requeue(cluster: Cluster, shared: P
     run.wait_for("continues from step")
     assert cluster.wait(f"{run.jobs[0]}_0", 120)["JobState"] == "COMPLETED"
     status = json.loads((folder / "seed=1" / "status.json").read_text())
-    assert (status["state"], status["step"], status["attempt"]) == ("finished", 200, 2)
+    assert (status["state"], status["step"], status["attempt"]) == ("finished", 60, 2)
