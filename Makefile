@@ -3,7 +3,7 @@
 PY = .venv/bin/python
 PYTEST = PYTHONPATH=. CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -q
 
-.PHONY: setup test check unit parallel kernels interpreted e2e te slow gpu compare bench
+.PHONY: setup test check unit parallel kernels interpreted e2e te cluster slow gpu compare bench
 
 setup:
 	@./launch/setup.sh
@@ -34,6 +34,9 @@ e2e: setup
 
 te: setup  ## Transformer Engine's classes without a GPU; skips where its overlay is missing
 	$(PYTEST) tests/te
+
+cluster: setup  ## submitted to a real Slurm of two nodes on this host; skips without its daemons
+	$(PYTEST) tests/launch -m "not slow and not gpu"
 
 slow: interpreted  ## what make test leaves out: interpreted kernels, golden losses, launcher from scratch
 	$(PYTEST) tests -m "slow and not gpu"

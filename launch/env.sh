@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Environment of every launch: sourced by local.sh, each export with its reason.
+# Environment of every launch: sourced by local.sh and task.sh, each export with its reason.
 # Values that the caller has set are kept.
 
 # The code compiles Megatron's 400 modules once instead of at every start (seconds on a laptop).
@@ -27,7 +27,42 @@ moa_threads() { # NPROC -> threads per process
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}"
 
 # Before Blackwell, overlapping communication with computation under tensor or context parallelism
-# relies on a single hardware queue, which keeps kernels in launch order.
-if command -v nvidia-smi >/dev/null 2>&1; then
-  export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-fi
+# relies on a single hardware queue, which keeps kernels in launch order; overlapped expert
+# communication wants many queues, FSDP anything but one. The recipe and its flags decide.
+moa_device_connections() { # RECIPE [flags]; needs MOA_PYTHON
+  local connections
+  command -v nvidia-smi >/dev/null 2>&1 && [ -z "${CUDA_DEVICE_MAX_CONNECTIONS:-}" ] || return 0
+  connections=$("$MOA_PYTHON" -m moa_megatron.outline "$@")
+  [ -z "$connections" ] || export CUDA_DEVICE_MAX_CONNECTIONS="$connections"
+}
+
+# Tensors used on another stream are kept by their autograd graph instead of the allocator's
+# bookkeeping, which fragments memory.
+export TORCH_NCCL_AVOID_RECORD_STREAMS="${TORCH_NCCL_AVOID_RECORD_STREAMS:-1}"
+
+# NVLS reserves buffers per communicator; many process groups would cost gigabytes.
+export NCCL_NVLS_ENABLE="${NCCL_NVLS_ENABLE:-0}"
+
+# NCCL's own messages go to one file per rank, not between the progress lines of all of them.
+moa_nccl_log() { # FOLDER; MOA_NCCL_DEBUG=INFO turns it on
+  [ -n "${MOA_NCCL_DEBUG:-}" ] || return 0
+  export NCCL_DEBUG="$MOA_NCCL_DEBUG" NCCL_DEBUG_FILE="$1/nccl.%h.%p.log"
+}
+
+# When a collective hangs, every rank writes its last collectives: the one that is behind is the
+# one to look at. Without Python stacks, which can deadlock with the interpreter's lock.
+export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}"
+export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
+export TORCH_INCLUDE_STACK_TRACE="${TORCH_INCLUDE_STACK_TRACE:-False}"
+
+# Where ranks meet: the first node of the job, by an address where its name does not resolve, and a
+# port that two jobs on one node do not share.
+moa_rendezvous() { # sets MASTER_ADDR, MASTER_PORT from Slurm's variables
+  local first
+  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  if ! getent hosts "$first" >/dev/null; then
+    first=$(scontrol show node -o "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+  fi
+  export MASTER_ADDR="${MASTER_ADDR:-$first}"
+  export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
+}

@@ -38,7 +38,7 @@ esac
 "$root/launch/setup.sh"
 # shellcheck source=launch/env.sh
 . "$root/launch/env.sh"
-python="$root/.venv/bin/python"
+export MOA_PYTHON="${MOA_PYTHON:-$root/.venv/bin/python}"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 recipe=$1
@@ -46,31 +46,36 @@ run_dir="runs/$(basename "$recipe" .yaml)-$(date +%Y%m%d-%H%M%S)"
 command=(-m moa_megatron.pretrain "$recipe" --run-dir "$run_dir" "${@:2}")
 [ "${DRY_RUN:-0}" = 0 ] || command+=(--dry-run)
 
+moa_device_connections "$recipe" "${@:2}"
+
 count_gpus() { { nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l; }
 nproc_wanted=${NPROC:-$(count_gpus)}
 if [ "$nproc_wanted" -le 1 ]; then
   [ "${DRY_RUN:-0}" = 0 ] || echo "would run: python ${command[*]}"
-  exec "$python" "${command[@]}"
+  exec "$MOA_PYTHON" "${command[@]}"
 fi
 
 # torchrun turns every exit code into 1: the true one travels in a file.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(moa_threads "$nproc_wanted")}"
-exit_file=$(mktemp)
-trap 'rm -f "$exit_file"' EXIT
-launcher=(-m torch.distributed.run --standalone --nproc-per-node "$nproc_wanted")
-[ "${DRY_RUN:-0}" = 0 ] || echo "would run: python ${launcher[*]} ${command[*]}"
-code=0
-rm -f "$exit_file"
-"$python" "${launcher[@]}" "${command[@]}" --exit-file "$exit_file" &
+notes=$(mktemp -d)
+trap 'rm -rf "$notes"' EXIT
+launcher=(--standalone --nproc-per-node "$nproc_wanted")
+[ "${DRY_RUN:-0}" = 0 ] || echo "would run: torchrun ${launcher[*]} ${command[*]}"
+"$root/launch/node.sh" "${launcher[@]}" -- "${command[@]:2}" --exit-file "$notes/exit" &
 launched=$!
-# A signal goes on to the ranks, which save and stop; bash alone would leave them running.
-trap 'kill -TERM "$launched" 2>/dev/null || true' TERM INT
+# bash alone would leave the ranks running.
+for name in TERM USR1 USR2; do
+  # shellcheck disable=SC2064
+  trap "kill -s $name $launched 2>/dev/null || true" "$name"
+done
+trap 'kill -s TERM "$launched" 2>/dev/null || true' INT
+code=0
 wait "$launched" || code=$?
 while kill -0 "$launched" 2>/dev/null; do
   code=0
   wait "$launched" || code=$?
 done
 # A refusal leaves torchrun with 0, so that its own report does not bury the message.
-said=$(cat "$exit_file" 2>/dev/null || true)
+said=$(cat "$notes/exit" 2>/dev/null || true)
 if [ "$code" = 0 ] || [ "${said:-0}" != 0 ]; then code=${said:-$code}; fi
 exit "$code"

@@ -128,11 +128,23 @@ def _batch(data_iterator: Iterator[dict[str, Tensor]] | None, model: Any) -> dic
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, ...]:
     """Train, validation and test datasets of this rank (None where it reads no data)."""
     args = get_args()
+    _finish_evaluation(args)
     config = dataset_config(args)
     kind = MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(  # type: ignore[no-any-return]
         kind, num_samples, partial(_reads_data, vp_stage), config
     ).build()
+
+
+def _finish_evaluation(args: argparse.Namespace) -> None:
+    """Skips the rest of an evaluation that a signal cut short before the checkpoint to resume from.
+
+    The next evaluation then reads what it would have read without the stop.
+    """
+    if args.full_validation or args.multiple_validation_sets or not args.eval_iters:
+        return
+    size = args.eval_iters * (args.eval_global_batch_size or args.global_batch_size)
+    args.consumed_valid_samples = -(-args.consumed_valid_samples // size) * size
 
 
 # Megatron asks every rank, and the builder shares the work among them.

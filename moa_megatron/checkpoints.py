@@ -70,6 +70,8 @@ def continue_run(args: argparse.Namespace, given: set[str], folder: Path) -> Non
         raise RefusedError(str(error)) from error
     if step is None:
         return
+    if runstate.repair_tracker(Path(args.save), step):
+        logger.warning("%s named no step; its newest complete checkpoint is %d", args.save, step)
     overruled = [name for name in _OF_A_FIRST_START if getattr(args, name)]
     if args.load not in (None, args.save):
         overruled.append("load")

@@ -13,7 +13,7 @@ from megatron.core.enums import ModelType
 from megatron.training import get_tensorboard_writer
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import validate_args
-from megatron.training.global_vars import set_global_variables
+from megatron.training.global_vars import get_signal_handler, set_global_variables
 from megatron.training.training import pretrain
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 from tokenizers import Tokenizer
@@ -29,6 +29,7 @@ from moa_megatron import (
     models,
     preflight,
     runstate,
+    stopping,
     telemetry,
 )
 from moa_megatron.config import MoAConfig
@@ -49,7 +50,9 @@ class Run:
 
     def train(self) -> None:
         """Builds and trains; returns after the last step, raises SystemExit on an early stop."""
+        self.args.exit_signal_handler = True
         set_global_variables(self.args)
+        stopping.bind(self.args, get_signal_handler())
         batches.set_model_config(self.config.transformer)
         container = pretrain_cfg_container_from_args(self.args, self.config)
         # A single process needs no launcher, so no rendezvous address either.

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from moa_megatron import flags, token_files
+from moa_megatron import flags, layout, token_files
 from moa_megatron.config import MoAConfig
 
 # Upstream arguments that this entry point does not serve, whatever the FFN.
@@ -22,7 +22,7 @@ UNSERVED: dict[str, str] = {
 
 def check(args: argparse.Namespace, moa: MoAConfig) -> list[str]:
     """All violations of layout, upstream flags and data that can be seen before building."""
-    problems = layout_problems(args) + flags.machine_problems(args)
+    problems = layout.problems(args) + flags.machine_problems(args)
     if moa.mixing != "fixed":
         problems += flags.problems(args, moa)
     problems += [
@@ -30,155 +30,8 @@ def check(args: argparse.Namespace, moa: MoAConfig) -> list[str]:
         for name, what in UNSERVED.items()
         if getattr(args, name, None)
     ]
-    problems += schedule_problems(args)
+    problems += layout.schedule_problems(args)
     return problems + data_problems(args)
-
-
-def schedule_problems(args: argparse.Namespace) -> list[str]:
-    """A warm-up that outlasts the run."""
-    steps = args.lr_decay_iters or args.train_iters
-    if not args.lr_warmup_iters or steps is None or args.lr_warmup_iters < steps:
-        return []
-    return [
-        f"--lr-warmup-iters={args.lr_warmup_iters} does not end within {steps} steps; lower it or "
-        "use --lr-warmup-fraction 0.1"
-    ]
-
-
-def layout_problems(args: argparse.Namespace) -> list[str]:
-    """Parallel sizes that do not divide what they split, with the sizes that would."""
-    tp, pp, cp = (
-        args.tensor_model_parallel_size,
-        args.pipeline_model_parallel_size,
-        args.context_parallel_size,
-    )
-    problems: list[str] = []
-
-    def divides(what: str, total: int | None, size: int, flag: str) -> None:
-        if total is not None and total % size:
-            problems.append(f"{flag}={size} does not divide {what} ({total}); {_choices(total)}")
-
-    world = args.world_size
-    if world % (tp * pp * cp):
-        problems.append(
-            f"{world} processes cannot hold tensor ({tp}) x pipeline ({pp}) x context ({cp}) = "
-            f"{tp * pp * cp}; start a multiple of {tp * pp * cp}, or lower one of them"
-        )
-        data_parallel = 1
-    else:
-        data_parallel = world // (tp * pp * cp)
-    heads = args.num_attention_heads
-    divides("the attention heads", heads, tp, "--tensor-model-parallel-size")
-    if args.group_query_attention:
-        divides("the query groups", args.num_query_groups, tp, "--tensor-model-parallel-size")
-    if args.kv_channels is None and args.hidden_size and heads and args.hidden_size % heads:
-        problems.append(
-            f"--num-attention-heads={heads} does not divide --hidden-size={args.hidden_size}"
-        )
-    for width in _dense_widths(args):
-        divides("the FFN width", width, tp, "--tensor-model-parallel-size")
-    if not _has_own_stages(args):
-        divides("the blocks", _num_blocks(args), pp, "--pipeline-model-parallel-size")
-    problems += _virtual_stage_problems(args, pp)
-    if cp > 1:
-        divides("half the sequence length", args.seq_length // 2, cp, "--context-parallel-size")
-    if args.sequence_parallel:
-        divides("the sequence length", args.seq_length // cp, tp, "--tensor-model-parallel-size")
-    problems += _batch_problems(args, data_parallel)
-    if args.num_experts is not None:
-        problems += _expert_problems(args, tp, pp)
-    return problems
-
-
-def _num_blocks(args: argparse.Namespace) -> int | None:
-    return getattr(args, "moa_num_blocks", None) or args.num_layers
-
-
-def _virtual_stage_problems(args: argparse.Namespace, pp: int) -> list[str]:
-    pattern = (args.hybrid_layer_pattern or "").split("/")[0]
-    segments = pattern.count("|") + 1
-    if segments > 1 and segments % pp:
-        return [
-            f"the layer pattern {pattern} has {segments} pipeline segments, which "
-            f"--pipeline-model-parallel-size={pp} does not divide; {_choices(segments)}"
-        ]
-    return []
-
-
-def _has_own_stages(args: argparse.Namespace) -> bool:
-    return bool(
-        "|" in (args.hybrid_layer_pattern or "")
-        or args.pipeline_model_parallel_layout
-        or args.decoder_first_pipeline_num_layers
-        or args.decoder_last_pipeline_num_layers
-    )
-
-
-def _dense_widths(args: argparse.Namespace) -> list[int | None]:
-    """Widths of the FFNs that tensor parallelism splits: dense blocks and shared experts."""
-    pattern = args.hybrid_layer_pattern
-    all_moe = "-" not in pattern if pattern else args.moe_layer_freq == 1
-    if args.num_experts is None:
-        return [args.ffn_hidden_size]
-    shared = args.moe_shared_expert_intermediate_size
-    return [shared] if all_moe else [shared, args.ffn_hidden_size]
-
-
-def _batch_problems(args: argparse.Namespace, data_parallel: int) -> list[str]:
-    micro = args.micro_batch_size
-    if micro is None or micro < 1:
-        return [f"--micro-batch-size={micro}: must be at least 1"]
-    problems = []
-    for flag, value, size in (
-        ("--global-batch-size", args.global_batch_size, micro),
-        (
-            "--eval-global-batch-size",
-            args.eval_global_batch_size,
-            args.eval_micro_batch_size or micro,
-        ),
-    ):
-        step = size * data_parallel
-        if value is not None and value % step:
-            nearest = max(step, round(value / step) * step)
-            problems.append(
-                f"{flag}={value} is not a multiple of micro batch ({size}) x data parallel size "
-                f"({data_parallel}) = {step}; nearest: {nearest}"
-            )
-    return problems
-
-
-def _expert_problems(args: argparse.Namespace, tp: int, pp: int) -> list[str]:
-    ep = args.expert_model_parallel_size
-    etp = args.expert_tensor_parallel_size or tp
-    experts, problems = args.num_experts, []
-    if experts % ep:
-        problems.append(
-            f"--expert-model-parallel-size={ep} does not divide the experts ({experts}); "
-            f"{_choices(experts)}"
-        )
-    if args.world_size % (ep * etp * pp):
-        problems.append(
-            f"{args.world_size} processes cannot hold expert ({ep}) x expert tensor ({etp}) x "
-            f"pipeline ({pp}) = {ep * etp * pp}; start a multiple of it, or lower one of them"
-        )
-    width = args.moe_ffn_hidden_size or args.ffn_hidden_size
-    if width is not None and width % etp:
-        problems.append(
-            f"--expert-tensor-parallel-size={etp} does not divide the experts' width ({width}); "
-            f"{_choices(width)}"
-        )
-    if args.moe_router_topk > experts:
-        problems.append(f"--moe-router-topk={args.moe_router_topk} exceeds --num-experts={experts}")
-    if tp > 1 and not args.sequence_parallel:
-        problems.append(
-            f"--tensor-model-parallel-size={tp} with experts needs --sequence-parallel: add it"
-        )
-    return problems
-
-
-def _choices(total: int) -> str:
-    divisors = [n for n in range(1, min(total, 64) + 1) if total % n == 0]
-    return "choose from " + ", ".join(map(str, divisors))
 
 
 def data_problems(args: argparse.Namespace) -> list[str]:

@@ -16,7 +16,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from moa_megatron import console, host, recipes, runstate
+# host imports torch, which takes seconds: it waits until signals are heard.
+from moa_megatron import console, recipes, runstate, stopping
 from moa_megatron.recipes import CommandLine, RefusedError
 
 logger = logging.getLogger(__name__ if __name__ != "__main__" else "moa_megatron.pretrain")
@@ -35,6 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         code = runstate.REFUSED
         if rank == 0:
             sys.stderr.write(f"refused: {error}\n")
+    except BaseException as error:
+        _record_failure(exit_file, runstate.FAILED, f"{type(error).__name__}: {error}", None)
+        raise
     if exit_file is None:
         return code
     clean = code in (runstate.FINISHED, runstate.RETRY, runstate.REFUSED)
@@ -47,6 +51,10 @@ def main(argv: list[str] | None = None) -> int:
 def _run(command: CommandLine, out: console.Console | None) -> int:
     if command.recipe:
         recipes.load(command.recipe)  # a wrong name need not wait for Megatron's import
+    if command.exit_file is not None:
+        stopping.die_with_parent()
+    from moa_megatron import host
+
     host.install()
     from moa_megatron import patches
 
@@ -64,10 +72,12 @@ def _run(command: CommandLine, out: console.Console | None) -> int:
     assert out is not None
     for line in run.summary():
         out.say_on_first_rank(line)
-    return runstate.FINISHED if command.dry_run else _train(run, out)
+    return runstate.FINISHED if command.dry_run else _train(run, out, command.exit_file)
 
 
-def _train(run: Any, out: console.Console) -> int:
+def _train(run: Any, out: console.Console, exit_file: Path | None) -> int:
+    from moa_megatron import host
+
     args, folder = run.args, run.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +85,9 @@ def _train(run: Any, out: console.Console) -> int:
     except OSError as error:
         raise RefusedError(f"--run-dir {folder} cannot be written: {error}") from error
     if args.rank == 0:
-        runstate.write_status(folder, "running", None, recipe=args.moa_recipe)
+        runstate.write_status(
+            folder, "running", None, recipe=args.moa_recipe, checkpoints=args.save, pid=os.getpid()
+        )
     code, problem = runstate.FINISHED, None
     try:
         seconds = run.build_kernels()
@@ -93,6 +105,8 @@ def _train(run: Any, out: console.Console) -> int:
         code = runstate.STORAGE if runstate.is_storage_error(error) else runstate.FAILED
         traceback.print_exc()
     healthy = code in (runstate.FINISHED, runstate.RETRY)
+    if not healthy:
+        _record_failure(exit_file, code, problem or "", run.step())
     try:
         host.shutdown(barrier=healthy)
     except Exception:  # a peer is gone; what this rank has done stands
@@ -100,6 +114,14 @@ def _train(run: Any, out: console.Console) -> int:
     if args.rank == 0 or not healthy:
         _report(run, out, code, problem)
     return code
+
+
+def _record_failure(exit_file: Path | None, code: int, problem: str, step: int | None) -> None:
+    """Tells the launcher which rank failed, when, where and of what."""
+    if exit_file is None:
+        return
+    runstate.first_writer(exit_file, str(code))
+    runstate.write_failure(exit_file, int(os.environ.get("RANK", "0")), code, problem, step)
 
 
 def _verdict(run: Any, stop: SystemExit) -> tuple[int, str | None]:
@@ -118,7 +140,13 @@ def _verdict(run: Any, stop: SystemExit) -> tuple[int, str | None]:
 
 def _report(run: Any, out: console.Console, code: int, problem: str | None) -> None:
     state = {runstate.FINISHED: "finished", runstate.RETRY: "stopped"}.get(code, "failed")
-    facts: dict[str, Any] = {"recipe": run.args.moa_recipe, "step": run.step()}
+    facts: dict[str, Any] = {
+        "recipe": run.args.moa_recipe,
+        "step": run.step(),
+        "checkpoints": run.args.save,
+    }
+    if stopping.requested():
+        facts["signal"] = stopping.requested()
     try:
         facts.update(run.results())
         if problem:
@@ -159,4 +187,7 @@ def _short(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    stopping.install()
+    code = main()
+    stopping.deafen()
+    sys.exit(code)

@@ -84,7 +84,7 @@ def parse_command_line(argv: list[str]) -> CommandLine:
     return CommandLine(
         recipe=known.recipe or "",
         run_dir=(known.run_dir or Path("runs/dry-run")).resolve(),
-        settings=dict(_parse_setting(text) for text in known.set),
+        settings=dict(parse_setting(text) for text in known.set),
         flags=flags,
         exit_file=known.exit_file,
         dry_run=known.dry_run,
@@ -97,7 +97,7 @@ class _Parser(argparse.ArgumentParser):
         raise RefusedError(message)
 
 
-def _parse_setting(text: str) -> tuple[str, Any]:
+def parse_setting(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise RefusedError(f"--set {text}: write it as key=value, such as --set swiglu=false")

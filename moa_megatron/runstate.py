@@ -10,11 +10,12 @@ import contextlib
 import errno
 import json
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
-FINISHED, FAILED, STORAGE, RETRY, REFUSED = 0, 1, 74, 75, 78
+FINISHED, FAILED, STORAGE, RETRY, REFUSED, GAVE_UP = 0, 1, 74, 75, 78, 93
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 # Where an error has lost its number on the way: errors that crossed a process, torch's writer.
 _STORAGE_MESSAGES = ("No space left on device", "Disk quota exceeded", "Read-only file system")
@@ -45,28 +46,56 @@ def read_status(run_dir: Path) -> dict[str, Any] | None:
 
 
 def checkpoint_step(checkpoints: Path) -> int | None:
-    """Step of the newest complete checkpoint; None for a folder that never held one.
+    """Step of the newest complete checkpoint; None for a folder without one.
+
+    Megatron names that step in a tracker file, written in place after each save: a crash can leave
+    it empty, or missing beside a first save that did not complete. Then the folders decide.
 
     Raises:
-        ValueError: a tracker that cannot be read, or checkpoints without a tracker: starting at
-            step 0 there would throw work away silently.
+        ValueError: a tracker that cannot be believed and no complete checkpoint to fall back on:
+            starting at step 0 there would throw work away silently.
     """
     tracker = checkpoints / _TRACKER
-    if not tracker.exists():
-        partial = sorted(checkpoints.glob("iter_*")) if checkpoints.is_dir() else []
-        if partial:
-            raise ValueError(
-                f"{checkpoints} holds {partial[-1].name} but no {_TRACKER}: its save did not "
-                "complete; remove it to start anew, or choose another --run-dir"
-            )
-        return None
-    text = tracker.read_text(encoding="utf-8").strip()
-    if not text.isdigit():
-        raise ValueError(
-            f"{tracker} reads {text!r} instead of a step: write the number of the newest complete "
-            "iter_ folder into it, or choose another --run-dir"
-        )
-    return int(text)
+    try:
+        text = tracker.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        text = None
+    if text is not None and text.isdigit():
+        return int(text)
+    complete = complete_steps(checkpoints)
+    if complete:
+        return complete[-1]
+    if text is None and not any(checkpoints.glob("iter_*/mp_rank_*")):
+        return None  # nothing, or a first save that a crash cut short
+    raise ValueError(
+        f"{tracker} reads {text!r} instead of a step, and no iter_ folder beside it is complete: "
+        "write the number of a good one into it, or choose another --run-dir"
+    )
+
+
+def repair_tracker(checkpoints: Path, step: int) -> bool:
+    """Makes the tracker name ``step``, which Megatron exits over otherwise; True where it did not.
+
+    Every rank may do this at once: the file is replaced atomically by the same content.
+    """
+    tracker = checkpoints / _TRACKER
+    if tracker.is_file() and tracker.read_text(encoding="utf-8").strip() == str(step):
+        return False
+    temporary = checkpoints / f".tracker.{socket.gethostname()}.{os.getpid()}.tmp"
+    temporary.write_text(str(step), encoding="utf-8")
+    os.replace(temporary, tracker)
+    return True
+
+
+def complete_steps(checkpoints: Path) -> list[int]:
+    """Steps of the checkpoints whose save completed, ascending.
+
+    A distributed checkpoint's ``.metadata`` is written after all its shards (torch's
+    ``FileSystemWriter.finish``).
+    """
+    folders = checkpoints.glob("iter_*/.metadata") if checkpoints.is_dir() else ()
+    names = (path.parent.name.removeprefix("iter_") for path in folders)
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def is_storage_error(error: BaseException) -> bool:
@@ -89,3 +118,27 @@ def first_writer(path: Path, text: str) -> None:
     """Writes ``path`` unless another rank has: of several failures the first one counts."""
     with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
         file.write(text)
+
+
+def write_failure(exit_file: Path, rank: int, code: int, error: str, step: int | None) -> None:
+    """Leaves this rank's account of its failure beside ``exit_file``, for ``read_failures``."""
+    record = {
+        "rank": rank,
+        "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        "step": step,
+        "code": code,
+        "error": error[-4000:],
+        "time": time.time(),
+    }
+    with contextlib.suppress(OSError):  # a full disk must not hide the error itself
+        path = exit_file.with_name(f"{exit_file.name}.rank{rank}")
+        path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+
+def read_failures(exit_file: Path) -> list[dict[str, Any]]:
+    """What failing ranks wrote of themselves, earliest first."""
+    records = []
+    for path in exit_file.parent.glob(f"{exit_file.name}.rank*"):
+        with contextlib.suppress(OSError, ValueError):
+            records.append(json.loads(path.read_text(encoding="utf-8")))
+    return sorted(records, key=lambda record: record["time"])

@@ -78,10 +78,11 @@ def test_a_failing_rank_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     words = ["tiny-moe", *SMALL_MOE, "--train-iters", "4", "--expert-model-parallel-size", "2"]
     (folder / "checkpoints").mkdir(parents=True)
-    (folder / "checkpoints" / "iter_0000003").write_text("a file where a folder must go")
+    tracker = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
+    tracker.write_text("garbage")
     failed = local(folder, *words, "--load", "/nowhere", NPROC="2")
-    assert failed.code == 78 and "its save did not complete" in failed.output
-    (folder / "checkpoints" / "iter_0000003").unlink()
+    assert failed.code == 78 and "no iter_ folder beside it is complete" in failed.output
+    tracker.unlink()
     (folder / "tensorboard").write_text("a file where a folder must go")
     failed = local(folder, *words, NPROC="2")
     assert failed.code == 1 and failed.status["state"] == "failed"

@@ -29,14 +29,44 @@ def test_step_of_a_run_folder(tmp_path: Path) -> None:
     assert runstate.checkpoint_step(tmp_path / "absent") is None
     assert runstate.checkpoint_step(tmp_path) is None
     (tmp_path / "iter_0000004").mkdir()
-    with pytest.raises(ValueError, match="its save did not complete"):
-        runstate.checkpoint_step(tmp_path)
+    assert runstate.checkpoint_step(tmp_path) is None, "a first save that did not complete"
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    (tmp_path / "iter_0000004" / "mp_rank_00").mkdir()
+    with pytest.raises(ValueError, match="reads None instead of a step"):
+        runstate.checkpoint_step(tmp_path)  # another format, whose completeness nobody knows
     tracker.write_text("4\n")
     assert runstate.checkpoint_step(tmp_path) == 4
     tracker.write_text("")
-    with pytest.raises(ValueError, match="instead of a step"):
+    with pytest.raises(ValueError, match="no iter_ folder beside it is complete"):
         runstate.checkpoint_step(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "garbage", None])
+def test_a_broken_tracker_falls_back_to_the_newest_complete_checkpoint(
+    tmp_path: Path, text: str | None
+) -> None:
+    for step in (2, 10, 12):
+        (tmp_path / f"iter_{step:07d}").mkdir()
+    for step in (2, 10):
+        (tmp_path / f"iter_{step:07d}" / ".metadata").touch()
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    if text is not None:
+        tracker.write_text(text)
+    step = runstate.checkpoint_step(tmp_path)
+    assert step == 10 and runstate.complete_steps(tmp_path) == [2, 10]
+    assert runstate.repair_tracker(tmp_path, step)
+    assert tracker.read_text() == "10" and not runstate.repair_tracker(tmp_path, step)
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_failing_ranks_leave_accounts_in_order_of_time(tmp_path: Path) -> None:
+    exit_file = tmp_path / "exit"
+    runstate.write_failure(exit_file, 3, 1, "x" * 9999, 7)
+    runstate.write_failure(exit_file, 1, 74, "No space", None)
+    (tmp_path / "exit.rank2").write_text("{")
+    first, second = runstate.read_failures(exit_file)
+    assert (first["rank"], first["step"], second["rank"], second["code"]) == (3, 7, 1, 74)
+    assert len(first["error"]) <= 4000 and first["host"]
 
 
 def test_the_first_failure_counts(tmp_path: Path) -> None:
