@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,13 +38,14 @@ def missing() -> str | None:
 
 
 @pytest.fixture(scope="session")
-def tool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def tool() -> Iterator[Engine]:
     reason = missing()
     if reason is not None:
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
-    with engine(tmp_path_factory.mktemp("containers")) as found:
+    # Not among pytest's folders, which another session may clean up, mounts and all.
+    with engine(Path(tempfile.mkdtemp(prefix="moa-image-"))) as found:
         yield found
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,11 +50,9 @@ class Engine:
         places = ["--root", str(self.storage / "root"), "--runroot", str(self.storage / "run")]
         command = ["buildah", *places, "--storage-driver", self.driver, *words]
         isolation = {**os.environ, "BUILDAH_ISOLATION": "chroot"}
-        done = subprocess.run(
-            command, env=isolation, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        assert not check or done.returncode == 0, f"{' '.join(words)}:\n{done.stdout[-6000:]}"
-        return Result(done.returncode, done.stdout)
+        result = _run(command, isolation)
+        assert not check or result.code == 0, f"{' '.join(words)}:\n{result.output[-6000:]}"
+        return result
 
     def build(self, base: str, tag: str, *options: str, check: bool = True) -> Result:
         """The repository's Dockerfile on `base`; one layer, since each copy of it takes time."""
@@ -89,24 +88,9 @@ class Engine:
         mounts = [word for volume in volumes for word in map(str, volume)]
         with self.files(image) as root:
             words = [str(root), user, config["WorkingDir"], *mounts, "--", *environment, *command]
-            done = subprocess.run(
-                [
-                    "unshare",
-                    "--mount",
-                    "--propagation",
-                    "private",
-                    "sh",
-                    "-c",
-                    _ENTER,
-                    "sh",
-                    *words,
-                ],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        print(done.stdout)
-        return Result(done.returncode, done.stdout)
+            result = _run(["unshare", "--mount", "sh", "-c", _ENTER, "sh", *words])
+        print(result.output)
+        return result
 
 
 @contextlib.contextmanager
@@ -120,8 +104,10 @@ def engine(storage: Path) -> Iterator[Engine]:
     try:
         yield chosen
     finally:
-        # overlay leaves its folder mounted on itself; removing images would take half a minute
-        subprocess.run(["umount", str(storage / "root" / "overlay")], capture_output=True)
+        # Removing image by image would take half a minute; a killed build may leave mounts.
+        for mount in reversed(Path("/proc/self/mounts").read_text().splitlines()):
+            if mount.split()[1].startswith(f"{storage}/"):
+                subprocess.run(["umount", mount.split()[1]], check=True)
         shutil.rmtree(storage, ignore_errors=True)
 
 
@@ -133,3 +119,22 @@ def _works(candidate: Engine) -> bool:
     mounted = candidate("mount", name, check=False).code == 0
     candidate("rm", name, check=False)
     return mounted
+
+
+def _run(command: list[str], environment: dict[str, str] | None = None) -> Result:
+    """A command and all it starts: a build that is given up must not go on in its chroot."""
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    return Result(process.returncode, output)

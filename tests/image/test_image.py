@@ -14,7 +14,7 @@ from tests.image import standin
 from tests.image.conftest import ARGUMENTS, BASE, IMAGE
 from tests.image.engine import Engine, Result
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 Volume = tuple[Path, str, str]
 
 
