@@ -43,10 +43,13 @@ pip_install() {
     PIP_DISABLE_PIP_VERSION_CHECK=1 "$python" -m pip install --quiet --cache-dir "$scratch/cache" "$@"
 }
 
-resolve() { # FLAGS of `plan_packages.py wanted`
+want() { # FLAGS of `plan_packages.py wanted`
   local unpin
   read -r -a unpin <<<"${UNPIN:-}"
   "$python" "$tools/plan_packages.py" wanted "$record" "$scratch" "$@" --unpin "${unpin[@]}"
+}
+
+resolve() {
   pip_install --dry-run --report "$scratch/report.json" \
     -r "$scratch/wanted.txt" -c "$scratch/constraints.txt"
 }
@@ -55,9 +58,11 @@ packages() {
   check_python
   "$python" "$tools/check_image.py" record "$record"
   scratch=$(mktemp -d)
+  want
   if ! resolve; then
     echo "install: the locked versions do not go with the image's: others are chosen" >&2
-    resolve --loose || refuse "no versions go with the packages of the base image: name those named" \
+    want --loose
+    resolve || refuse "no versions go with the packages of the base image: name those named" \
       "above that may change, as --build-arg UNPIN='NAME NAME', or choose a newer BASE_IMAGE"
   fi
   "$python" "$tools/plan_packages.py" exact "$record" "$scratch"
