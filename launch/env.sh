@@ -5,6 +5,25 @@
 # The code compiles Megatron's 400 modules once instead of at every start (seconds on a laptop).
 unset PYTHONDONTWRITEBYTECODE
 
+# Kernels, tokenized text and compilations are kept between runs. In a container the home folder may
+# be missing, read-only or of a user without a name; a private folder then serves while it lasts.
+if [ -z "${XDG_CACHE_HOME:-}" ] && ! [ -w "${HOME:-/none}/.cache" ] && ! [ -w "${HOME:-/none}" ]; then
+  XDG_CACHE_HOME=${TMPDIR:-/tmp}/moa-cache-$(id -u)
+  # Libraries are loaded from it: a folder of that name which someone else made is not used.
+  mkdir -m 700 "$XDG_CACHE_HOME" 2>/dev/null ||
+    { [ -O "$XDG_CACHE_HOME" ] && ! [ -L "$XDG_CACHE_HOME" ]; } || XDG_CACHE_HOME=$(mktemp -d)
+  export XDG_CACHE_HOME
+fi
+# These two do not follow it by themselves; the second needs a user's name otherwise.
+if [ -n "${XDG_CACHE_HOME:-}" ]; then
+  export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$XDG_CACHE_HOME/triton}"
+  export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$XDG_CACHE_HOME/inductor}"
+fi
+
+# The code is that of the checkout whose launcher runs: Python would look into the working folder
+# first, which in a container is the image's own copy.
+export PYTHONSAFEPATH=1
+
 # Packages in the user's home directory must not shadow the project's own.
 export PYTHONNOUSERSITE=1
 
