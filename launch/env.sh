@@ -77,13 +77,14 @@ moa_nccl_logs() { # FOLDER
 }
 
 # Where ranks meet: the first node of the job, by an address where its name does not resolve, and a
-# port that two jobs on one node do not share.
+# port that two jobs on one node do not share. MOA_MASTER_ADDR and MOA_MASTER_PORT choose others.
 moa_rendezvous() { # sets MASTER_ADDR, MASTER_PORT from Slurm's variables
   local first
   first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   if ! getent hosts "$first" >/dev/null; then
     first=$(scontrol show node -o "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
   fi
-  export MASTER_ADDR="${MASTER_ADDR:-$first}"
-  export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
+  # Not what the submitting shell has, which may itself be part of another job.
+  export MASTER_ADDR="${MOA_MASTER_ADDR:-$first}"
+  export MASTER_PORT="${MOA_MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
 }
