@@ -1,9 +1,9 @@
-# make test is the README's second command; CI (.ci/run) runs every target but gpu, bench
-# and compare.
+# make test is the README's second command; CI (.ci/run) runs every target but gpu, bench,
+# compare and image.
 PY = .venv/bin/python
 PYTEST = PYTHONPATH=. CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -q
 
-.PHONY: setup test check unit parallel kernels interpreted e2e te cluster slow gpu compare bench
+.PHONY: setup test check unit parallel kernels interpreted e2e te cluster slow gpu compare bench image image-test
 
 setup:
 	@./launch/setup.sh
@@ -39,7 +39,7 @@ cluster: setup  ## submitted to a real Slurm of two nodes on this host; skips wi
 	$(PYTEST) tests/launch -m "not slow and not gpu"
 
 slow: interpreted  ## what make test leaves out: interpreted kernels, golden losses, launcher from scratch
-	$(PYTEST) tests -m "slow and not gpu"
+	$(PYTEST) tests --ignore=tests/image -m "slow and not gpu"
 
 gpu: setup  ## on a GPU: kernels against the reference, then op and layer timed
 	./tools/gpu_check.sh
@@ -49,3 +49,9 @@ compare: setup  ## baseline, LA, one, bi, qd on the tiny recipe: table and pictu
 
 bench: setup  ## MoA over fixed: ARGS=--op, --layer, --static; default: whole runs of tiny-moe
 	$(PY) tools/bench.py $(ARGS)
+
+image:  ## the container image, by docker, podman or buildah: IMAGE=, BASE_IMAGE=, UNPIN=
+	@./launch/container/build.sh $(ARGS)
+
+image-test: setup  ## the Dockerfile on a base that stands in for NVIDIA's; skips without buildah, debootstrap, root
+	$(PYTEST) tests/image

@@ -5,6 +5,25 @@
 # The code compiles Megatron's 400 modules once instead of at every start (seconds on a laptop).
 unset PYTHONDONTWRITEBYTECODE
 
+# Kernels, tokenized text and compilations are kept between runs. In a container the home folder may
+# be missing, read-only or of a user without a name; a private folder then serves while it lasts.
+if [ -z "${XDG_CACHE_HOME:-}" ] && ! [ -w "${HOME:-/none}/.cache" ] && ! [ -w "${HOME:-/none}" ]; then
+  XDG_CACHE_HOME=${TMPDIR:-/tmp}/moa-cache-$(id -u)
+  # Libraries are loaded from it: a folder of that name which someone else made is not used.
+  mkdir -m 700 "$XDG_CACHE_HOME" 2>/dev/null ||
+    { [ -O "$XDG_CACHE_HOME" ] && ! [ -L "$XDG_CACHE_HOME" ]; } || XDG_CACHE_HOME=$(mktemp -d)
+  export XDG_CACHE_HOME
+fi
+# These two do not follow it by themselves; the second needs a user's name otherwise.
+if [ -n "${XDG_CACHE_HOME:-}" ]; then
+  export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$XDG_CACHE_HOME/triton}"
+  export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$XDG_CACHE_HOME/inductor}"
+fi
+
+# The code is that of the checkout whose launcher runs: Python would look into the working folder
+# first, which in a container is the image's own copy.
+export PYTHONSAFEPATH=1
+
 # Packages in the user's home directory must not shadow the project's own.
 export PYTHONNOUSERSITE=1
 
@@ -58,13 +77,14 @@ moa_nccl_logs() { # FOLDER
 }
 
 # Where ranks meet: the first node of the job, by an address where its name does not resolve, and a
-# port that two jobs on one node do not share.
+# port that two jobs on one node do not share. MOA_MASTER_ADDR and MOA_MASTER_PORT choose others.
 moa_rendezvous() { # sets MASTER_ADDR, MASTER_PORT from Slurm's variables
   local first
   first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   if ! getent hosts "$first" >/dev/null; then
     first=$(scontrol show node -o "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
   fi
-  export MASTER_ADDR="${MASTER_ADDR:-$first}"
-  export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
+  # Not what the submitting shell has, which may itself be part of another job.
+  export MASTER_ADDR="${MOA_MASTER_ADDR:-$first}"
+  export MASTER_PORT="${MOA_MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
 }

@@ -48,7 +48,13 @@ command=(-m moa_megatron.pretrain "$recipe" --run-dir "$run_dir" "${@:2}")
 
 moa_device_connections "$recipe" "${@:2}"
 
-count_gpus() { { nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l; }
+count_gpus() { # those that CUDA will show, where it is told which
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true
+  else
+    { nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU' || true
+  fi
+}
 nproc_wanted=${NPROC:-$(count_gpus)}
 if [ "$nproc_wanted" -le 1 ]; then
   [ "${DRY_RUN:-0}" = 0 ] || echo "would run: python ${command[*]}"

@@ -18,7 +18,7 @@ shift
 
 # Should this script itself be killed, the agent goes too, and with it the ranks.
 keeper=()
-! command -v setpriv >/dev/null 2>&1 || keeper=(setpriv --pdeathsig KILL)
+! setpriv --pdeathsig KILL true 2>/dev/null || keeper=(setpriv --pdeathsig KILL)
 
 # MOA_WRAP: a profiler in front of torchrun, which then sees all ranks of the node.
 (

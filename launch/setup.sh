@@ -1,8 +1,15 @@
 #!/usr/bin/env bash
 # Creates .venv from uv.lock with Python 3.12; does nothing when it is up to date.
 # Needs Python 3.12 with pip, or uv. Usage: launch/setup.sh
+# Where MOA_PYTHON names an interpreter, as in the container image, that one is used as it is.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+if [ -n "${MOA_PYTHON:-}" ]; then
+  if command -v "$MOA_PYTHON" >/dev/null 2>&1; then exit 0; fi
+  echo "setup: MOA_PYTHON=$MOA_PYTHON cannot be run: name a Python 3.12, or unset it for .venv" >&2
+  exit 78
+fi
 
 # A link leads to the environment of another checkout, which looks after it.
 [ ! -L .venv ] || exit 0

@@ -11,12 +11,11 @@ the run's folder: job.sbatch, submit.json, recipe.yaml, git.diff, environment.tx
 Needs Python 3.9 and PyYAML; with the project's environment, Megatron checks the flags as well.
 """
 
-from __future__ import annotations
-
 import argparse
 import getpass
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -24,25 +23,35 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-_ENVIRONMENT = Path(os.environ.get("MOA_PYTHON", ROOT / ".venv" / "bin" / "python"))
+_ENVIRONMENT = Path(os.environ.get("MOA_PYTHON") or ROOT / ".venv" / "bin" / "python")
 
+
+def use_environment(problem):  # type: ignore[no-untyped-def]  # read by Python 3.6 as well
+    """Goes on with the project's own interpreter, where there is one."""
+    if _ENVIRONMENT.exists() and not os.environ.get("MOA_SUBMIT_AGAIN"):
+        os.environ["MOA_SUBMIT_AGAIN"] = "1"
+        os.execv(str(_ENVIRONMENT), [str(_ENVIRONMENT), *sys.argv])
+    sys.stderr.write(f"refused: {problem}, or run launch/setup.sh once\n")
+    sys.exit(78)
+
+
+if sys.version_info < (3, 9):  # noqa: UP036
+    use_environment("python3 is older than 3.9: load a newer one")
 try:
     import yaml
 
-    from moa_megatron import outline, recipes, runstate, slurm, submission
+    from moa_megatron import outline, recipes, runstate, slurm, submission, sweeps
 except ImportError as error:
-    if _ENVIRONMENT.exists() and Path(sys.executable) != _ENVIRONMENT:
-        os.execv(str(_ENVIRONMENT), [str(_ENVIRONMENT), *sys.argv])
-    sys.exit(f"refused: {error}; python3 -m pip install --user pyyaml, or run launch/setup.sh")
+    use_environment(f"{error}: python3 -m pip install --user pyyaml")
 
 from moa_megatron.recipes import RefusedError  # noqa: E402
 
 # Variables worth knowing about a run; others may hold secrets.
 _KEPT = ("NCCL_", "TORCH", "CUDA", "MOA_", "OMP_", "UCX_", "FI_", "GLOO_", "TRITON_", "NVTE_")
-_FULL_CHECK_SECONDS = 300
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -90,7 +99,10 @@ def plan(options: argparse.Namespace, flags: list[str]) -> submission.Job:
     """The job that the options describe."""
     if options.profile or options.torch_profiler:
         flags = [*submission.profile_flags(flags, options.torch_profiler), *flags]
-    points = submission.sweep_points(options.array_sweep)
+    try:
+        points = sweeps.make_points(options.array_sweep)
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
     stamp = time.strftime("%Y%m%d-%H%M%S")
     kind = "sweep-" if points else ""
     default = Path("runs") / f"{Path(options.recipe).stem}-{kind}{stamp}"
@@ -103,7 +115,7 @@ def plan(options: argparse.Namespace, flags: list[str]) -> submission.Job:
         key, _, value = text.lstrip("-").partition("=")
         sbatch[key] = value
     return submission.Job(
-        recipe=options.recipe,
+        recipe=absolute(options.recipe),
         flags=flags,
         folder=(options.run_dir or default).resolve(),
         nodes=options.nodes,
@@ -116,10 +128,15 @@ def plan(options: argparse.Namespace, flags: list[str]) -> submission.Job:
         per_rank=options.per_rank,
         options={key: value for key, value in sbatch.items() if value is not None},
         points=points,
-        container=options.container,
+        container=absolute(options.container),
         mounts=options.mounts,
         nsys=options.profile and not options.torch_profiler,
     )
+
+
+def absolute(name: str | None) -> Any:
+    """A file by its full path, for the job starts elsewhere; any other name as it is."""
+    return str(Path(name).resolve()) if name and Path(name).is_file() else name
 
 
 def check(job: submission.Job, full: bool) -> list[str]:
@@ -158,7 +175,6 @@ def megatron_problems(job: submission.Job) -> list[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=_FULL_CHECK_SECONDS,
     )
     if done.returncode == 0:
         return []
@@ -201,18 +217,17 @@ def record(job: submission.Job, argv: list[str]) -> None:
 def git(*words: str) -> str:
     """Output of git in the project's folder; empty where there is no repository."""
     try:
-        done = subprocess.run(
-            ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, check=False)
     except OSError:
         return ""
-    return done.stdout if done.returncode == 0 else ""
+    return done.stdout.decode(errors="replace") if done.returncode == 0 else ""
 
 
 def rerun(folder: Path) -> int:
     """Submits again what a sweep has not finished; returns the exit code."""
     try:
         points = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["points"]
+        script = (folder / "job.sbatch").read_text(encoding="utf-8")
     except (OSError, ValueError, KeyError) as error:
         raise RefusedError(f"--rerun {folder} is no folder of a sweep: {error}") from error
     active = slurm.active_jobs(folder)
@@ -226,7 +241,8 @@ def rerun(folder: Path) -> int:
     if not left:
         print(f"all {len(points)} points of {folder} have finished: nothing to do")
         return runstate.FINISHED
-    jobs = slurm.submit_sweep(folder, left)
+    array = re.search(r"^#SBATCH --array=\S*?(%\d+)?$", script, flags=re.MULTILINE)
+    jobs = slurm.submit_sweep(folder, ",".join(map(str, left)) + ((array and array[1]) or ""))
     names = ", ".join(point["name"] for point in points if point["index"] in left)
     print(f"submitted {len(left)} of {len(points)} points as job {jobs[0]}: {names}")
     return runstate.FINISHED
@@ -285,6 +301,6 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except RefusedError as refusal:
+    except (RefusedError, slurm.SlurmError) as refusal:
         sys.stderr.write(f"refused: {refusal}\n")
         sys.exit(runstate.REFUSED)

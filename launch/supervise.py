@@ -13,22 +13,22 @@ Standard library only, Python 3.9 or newer: it runs outside the container.
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from moa_megatron import attempts, runstate  # noqa: E402
+from moa_megatron import attempts, runstate, slurm, sweeps  # noqa: E402
 
 _REQUEUE_WAIT = 120.0  # seconds that Slurm may take to end this job after a requeue
+_IDLE_HERE = 2  # attempts without progress in one allocation, where another one follows
 
 
 class Supervisor:
@@ -40,9 +40,13 @@ class Supervisor:
         self.options = options
         self.history = attempts.History(self.run_dir)
         self.job = os.environ.get("SLURM_JOB_ID", "")
-        self.chain = os.environ.get("MOA_CHAIN") or self.job or str(os.getpid())
+        self.target = slurm.own_job()
+        chain, self.jobs = slurm.noted_jobs(self.run_dir)
+        in_chain = self.job in self.jobs
+        self.chain = chain if in_chain else self.target or str(os.getpid())
+        self.rest = self.jobs[self.jobs.index(self.job) + 1 :] if in_chain else []
         self.child: subprocess.Popen[str] | None = None
-        self.terminated = self.cancelled = False
+        self.terminated = False
 
     def run(self) -> int:
         """Attempts until something is decided that another attempt would not change."""
@@ -50,7 +54,7 @@ class Supervisor:
             signal.signal(number, self._receive)
         if (runstate.read_status(self.run_dir) or {}).get("state") == "finished":
             say(f"{self.run_dir} has finished already: nothing to do")
-            self._cancel_rest("finished already")
+            self.cancel_rest("finished already")
             return runstate.FINISHED
         while True:
             attempt = self._attempt()
@@ -58,15 +62,30 @@ class Supervisor:
                 attempt["code"], self.history.idle(self.chain), self.options.max_idle
             )
             self._report(attempt, decision)
-            if self.terminated:
+            if self.terminated and not self._out_of_time():
                 return decision.code
-            if decision.action == "retry" and self._time_left() > self.options.retry_needs:
+            if decision.action == "retry" and self._may_retry():
                 time.sleep(self.options.pause)
                 continue
             if decision.action in ("hand_over", "retry"):
-                return self._hand_over(decision)
-            self._cancel_rest(decision.reason)
+                return self._hand_over(attempt, decision)
+            self.cancel_rest(decision.reason)
             return decision.code
+
+    def _may_retry(self) -> bool:
+        """Whether another attempt makes sense in this allocation.
+
+        Not where it could not save before the time limit, and not a third time without progress
+        where the next job may get better nodes.
+        """
+        here = self.history.idle(self.chain, self.target)
+        if self.terminated or (here >= _IDLE_HERE and self.rest):
+            return False
+        return slurm.seconds_left(slurm.fields(self.target)) > self.options.retry_needs
+
+    def _out_of_time(self) -> bool:
+        """Whether Slurm has ended this job for its time limit, not at someone's wish."""
+        return bool(self.options.requeue) and slurm.fields(self.target).get("Reason") == "TimeLimit"
 
     def _attempt(self) -> dict[str, Any]:
         number = len(self.history.read()) + 1
@@ -78,11 +97,12 @@ class Supervisor:
         before = self._saved_step()
         started = time.time()
         nodes = os.environ.get("SLURM_JOB_NODELIST", "this host")
-        say(f"attempt {number}, job {self.job or '-'}, {nodes}: {start_of(before)}")
+        start = "starts at step 0" if before is None else f"continues from step {before}"
+        say(f"attempt {number}, job {self.target or '-'}, {nodes}: {start}")
         record: dict[str, Any] = {
             "attempt": number,
             "chain": self.chain,
-            "job": self.job,
+            "job": self.target,
             "nodes": nodes,
             "started": started,
             "from_step": before,
@@ -96,6 +116,8 @@ class Supervisor:
         returncode = self._launch(notes, exit_file, number, casualties)
         status = runstate.read_status(self.run_dir)
         code = attempts.outcome(status, exit_file, returncode)
+        if code == runstate.FAILED and casualties.storage:
+            code = runstate.STORAGE  # the rank had no room to say so in its file
         after = self._saved_step()
         failure = None
         if code not in (runstate.FINISHED, runstate.RETRY):
@@ -129,9 +151,12 @@ class Supervisor:
         assert self.child.stdout is not None
         with notes.with_suffix(".log").open("a", encoding="utf-8", buffering=1) as log:
             for line in self.child.stdout:
-                log.write(line)
-                sys.stdout.write(line)
-                sys.stdout.flush()
+                # On a full disk the pipe must still be drained, or the ranks would block.
+                with contextlib.suppress(OSError):
+                    log.write(line)
+                with contextlib.suppress(OSError):
+                    sys.stdout.write(line)
+                    sys.stdout.flush()
                 casualties.read(line, time.time())
         returncode = self.child.wait()
         self.child = None
@@ -155,94 +180,65 @@ class Supervisor:
             self.run_dir, state.get(decision.code, "failed"), decision.code, **{**kept, **facts}
         )
 
-    def _hand_over(self, decision: attempts.Decision) -> int:
-        if self.options.requeue:
-            restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-            if restarts + 1 < self.options.chain:
-                say(f"requeueing this job: {restarts + 2} of at most {self.options.chain}")
-                subprocess.run(["scontrol", "requeue", self.job], check=False)
-                time.sleep(_REQUEUE_WAIT)  # Slurm ends this job meanwhile
-            else:
-                say(f"the chain of {self.options.chain} is used up: submit again to continue")
-        elif self._rest():
-            say(f"job {self._rest()[0]} continues")
+    def _hand_over(self, attempt: dict[str, Any], decision: attempts.Decision) -> int:
+        """Lets the next job, or this one once more, continue."""
+        job = slurm.fields(self.target)
+        used = sum(bool(a.get("requeued")) for a in self.history.read() if a["chain"] == self.chain)
+        # Before 24.05 Slurm does not requeue a preempted job that ended by itself in its grace.
+        preempted = slurm.is_preempted(job) and job.get("Requeue") == "1" and not self.rest
+        if self.rest:
+            say(f"job {self.rest[0]} continues")
+        elif preempted or (self.options.requeue and used + 1 < self.options.chain):
+            if not preempted:
+                self.history.append({"attempt": attempt["attempt"], "requeued": True})
+            self._requeue("preempted" if preempted else f"{used + 2} of {self.options.chain}")
+        elif self.options.requeue:
+            say(f"the chain of {self.options.chain} is used up: submit again to continue")
         else:
             say("no job follows: submit again with the same --run-dir to continue")
         return decision.code
 
-    def _rest(self) -> list[str]:
-        """Jobs of the chain after this one."""
-        try:
-            jobs = json.loads((self.run_dir / "chain.json").read_text(encoding="utf-8"))["jobs"]
-        except (OSError, ValueError, KeyError):
-            return []
-        return jobs[jobs.index(self.job) + 1 :] if self.job in jobs else []
-
-    def _cancel_rest(self, reason: str) -> None:
-        rest = self._rest()
-        if rest:
-            say(f"cancelling the rest of the chain ({', '.join(rest)}): {reason}")
-            subprocess.run(["scancel", *rest], check=False)
-
-    def _fields(self) -> dict[str, str]:
-        """This job as ``scontrol show job`` sees it now; empty without Slurm."""
-        if not self.job:
-            return {}
-        shown = subprocess.run(
-            ["scontrol", "show", "job", "-o", self.job], capture_output=True, text=True, check=False
+    def _requeue(self, why: str) -> None:
+        say(f"requeueing this job: {why}")
+        done = subprocess.run(
+            ["scontrol", "requeue", self.target], capture_output=True, text=True, check=False
         )
-        return dict(word.split("=", 1) for word in shown.stdout.split() if "=" in word)
+        if done.returncode:
+            say(f"Slurm refuses ({done.stderr.strip()}): submit again to continue")
+        else:
+            time.sleep(_REQUEUE_WAIT)  # Slurm ends this job meanwhile
 
-    def _cancelled(self) -> bool:
-        """Whether this job ends because someone cancelled it.
-
-        Slurm says COMPLETING whatever the reason. A time limit leaves its name, a preemption its
-        time, a requeue (also of a failed node) no end; a cancellation leaves none of them.
-        """
-        fields = self._fields()
-        return (
-            fields.get("JobState") in ("CANCELLED", "COMPLETING")
-            and fields.get("Reason") == "None"
-            and fields.get("PreemptTime", "None") == "None"
-            and fields.get("EndTime") != "Unknown"
-        )
+    def cancel_rest(self, reason: str) -> None:
+        """Cancels the jobs of the chain behind this one."""
+        if self.rest:
+            slurm.cancel(self.rest)
+            say(f"cancelled the rest of the chain ({', '.join(self.rest)}): {reason}")
 
     def _saved_step(self) -> int | None:
         status = runstate.read_status(self.run_dir) or {}
         folder = Path(status.get("checkpoints") or self.run_dir / "checkpoints")
         try:
-            return runstate.checkpoint_step(folder)
+            found = runstate.checkpoint_step(folder)
         except ValueError:
-            return None
-
-    def _time_left(self) -> float:
-        """Seconds until the job's time limit; infinite without one."""
-        try:
-            end = datetime.fromisoformat(self._fields()["EndTime"])
-        except (KeyError, ValueError):
-            return float("inf")
-        return end.timestamp() - time.time()
+            found = None
+        # A container may know the folder by another name than this host.
+        said = Path(status.get("checkpoint") or "").name.removeprefix("iter_")
+        return int(said) if found is None and said.isdigit() else found
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         del frame
         if number == signal.SIGTERM and self.job:
             # Slurm signals all of the job's processes itself. Cancelling comes first: the jobs
             # that follow would start as soon as this one has ended.
-            if not self.terminated and self._cancelled():
-                self.cancelled = True
-                self._cancel_rest("this job was cancelled")
+            if not self.terminated and slurm.is_cancelled(slurm.fields(self.target)):
+                self.cancel_rest("this job was cancelled")
             self.terminated = True
         elif self.job:
             name = signal.Signals(number).name[3:]
-            subprocess.run(["scancel", "--signal", name, self.job], check=False)
+            subprocess.run(["scancel", "--signal", name, self.target], check=False)
         elif self.child is not None:
             self.terminated = number in (signal.SIGTERM, signal.SIGINT)
             self.child.send_signal(number)
-
-
-def start_of(step: int | None) -> str:
-    """Where an attempt starts, in words."""
-    return "starts at step 0" if step is None else f"continues from step {step}"
 
 
 def say(text: str) -> None:
@@ -250,16 +246,22 @@ def say(text: str) -> None:
     print(f"[supervise] {text}", flush=True)
 
 
+def run_dir_of(command: list[str]) -> Path | None:
+    """The folder that a command's ``--run-dir`` names."""
+    for word, following in zip(command, [*command[1:], ""]):
+        if word == "--run-dir" or word.startswith("--run-dir="):
+            return Path(word.partition("=")[2] or following)
+    return None
+
+
 def choose_point(options: argparse.Namespace) -> None:
     """In a sweep, one element of the array trains one point in a folder of its own."""
-    sweep = json.loads((options.sweep / "sweep.json").read_text(encoding="utf-8"))
-    index = int(os.environ["SLURM_ARRAY_TASK_ID"])
-    point = next(point for point in sweep["points"] if point["index"] == index)
+    point = sweeps.read_point(options.sweep, int(os.environ["SLURM_ARRAY_TASK_ID"]))
     options.run_dir = options.sweep / point["run_dir"]
     for key, value in point["settings"].items():
         options.command += ["--set", f"{key}={value}"]
     options.command += ["--run-dir", str(options.run_dir)]
-    say(f"point {index}: {point['name']}")
+    say(f"point {point['index']}: {point['name']}")
 
 
 def main() -> int:
@@ -274,18 +276,28 @@ def main() -> int:
     parser.add_argument("--max-idle", type=int, default=attempts.IDLE_LIMIT, help="then give up")
     parser.add_argument("--pause", type=float, default=10.0, help="seconds between attempts")
     parser.add_argument(
-        "--retry-needs", type=float, default=300.0, help="seconds left for another attempt"
+        "--retry-needs", type=float, default=420.0, help="seconds left for another attempt"
     )
     parser.add_argument("command", nargs="+", help="what starts the ranks, after --")
     options = parser.parse_args()
     if options.sweep is not None:
         choose_point(options)
-    elif "--run-dir" in options.command:
-        options.run_dir = Path(options.command[options.command.index("--run-dir") + 1])
     else:
+        options.run_dir = run_dir_of(options.command)
+    if options.run_dir is None:
         parser.error("the command must name its folder: --run-dir DIR, or give --sweep")
-    options.run_dir.mkdir(parents=True, exist_ok=True)
-    return Supervisor(options).run()
+    supervisor = None
+    try:
+        options.run_dir.mkdir(parents=True, exist_ok=True)
+        supervisor = Supervisor(options)
+        return supervisor.run()
+    except OSError as error:
+        if not runstate.is_storage_error(error):
+            raise
+        if supervisor is not None:
+            supervisor.cancel_rest("storage failed")
+        sys.stderr.write(f"storage: {error}\n")
+        return runstate.STORAGE
 
 
 if __name__ == "__main__":

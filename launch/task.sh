@@ -4,11 +4,9 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-# Inside a container its own interpreter serves, outside the project's environment.
-if [ -z "${MOA_PYTHON:-}" ]; then
-  MOA_PYTHON=python
-  [ -n "${MOA_CONTAINER:-}" ] || MOA_PYTHON="$root/.venv/bin/python"
-fi
+# Inside a container its own interpreter serves, not one of the host that submitted.
+MOA_PYTHON=${MOA_PYTHON:-$root/.venv/bin/python}
+[ -z "${MOA_CONTAINER:-}" ] || MOA_PYTHON=python
 export MOA_PYTHON
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 [ -z "${MOA_TOOL:-}" ] || exec "$MOA_PYTHON" "$MOA_TOOL" "$@"

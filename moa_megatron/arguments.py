@@ -6,6 +6,7 @@ Needs Megatron (and host mode, where there is no CUDA) to be importable already.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--moa-cache-dir",
-        default=str(Path.home() / ".cache" / "moa_megatron"),
-        help="prepared corpora and their indices",
+        default=str(_caches() / "moa_megatron"),
+        help="prepared corpora and their indices (default: under XDG_CACHE_HOME or ~/.cache)",
     )
     return parser
+
+
+def _caches() -> Path:
+    """Beside the kernels' own: one variable moves all that is kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def parse(command: CommandLine, extra_flags: list[str]) -> tuple[argparse.Namespace, MoAConfig]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,21 @@ CONSEQUENCES = re.compile(
     r"closed by peer|reset by peer|remote process exited|NCCL|[Tt]imed? ?out|Broken pipe"
     r"|Connection refused|DistBackendError|recvValue failed|Connection was likely closed"
 )
-_SRUN_TASK = re.compile(r"srun: error: (\S+): task (\d+): (.+)")
+_SRUN_TASK = re.compile(r"srun: error: (\S+): tasks? (\d+)[\d,-]*: (.+)")
 _TORCHRUN = {
+    "time": re.compile(r"^\s+time\s+: (\d{4}-\d\d-\d\d_\d\d:\d\d:\d\d)"),
     "host": re.compile(r"^\s+host\s+: (\S+)"),
     "rank": re.compile(r"^\s+rank\s+: (\d+) "),
     "exitcode": re.compile(r"^\s+exitcode\s+: (-?\d+) "),
 }
-_SIGNALS = {"Killed": 9, "Terminated": 15, "Segmentation fault": 11, "Aborted": 6, "Bus error": 7}
+_SIGNALS = {
+    "Out Of Memory": 9,
+    "Killed": 9,
+    "Terminated": 15,
+    "Segmentation fault": 11,
+    "Aborted": 6,
+    "Bus error": 7,
+}
 _TERMINATED = 15
 
 
@@ -76,14 +85,20 @@ class History:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    def idle(self, chain: str) -> int:
+    def idle(self, chain: str, job: str | None = None) -> int:
         """Attempts of this chain, newest first, that left no newer checkpoint.
 
         A run that is submitted again after a repair starts a new chain, and counts anew.
+
+        Args:
+            chain: name of the submission.
+            job: count those of this job only.
         """
         count = 0
         for attempt in reversed(self.read()):
             if attempt.get("chain") != chain or attempt.get("advanced"):
+                break
+            if job is not None and attempt.get("job") != job:
                 break
             count += 1
         return count
@@ -132,15 +147,19 @@ class Casualties:
     def __init__(self, per_rank: bool) -> None:
         self.per_rank = per_rank
         self.found: list[dict[str, Any]] = []
+        self.storage = False
         self._block: dict[str, str] = {}
 
     def read(self, line: str, time: float) -> None:
         """Takes one line; ``time`` in seconds since the epoch."""
+        self.storage = self.storage or runstate.says_storage(line)
         task = _SRUN_TASK.search(line)
-        if task and self.per_rank:
+        if task:
             signal = next((n for text, n in _SIGNALS.items() if task[3].startswith(text)), None)
+            # Under torchrun a task is a node's launcher: which of its ranks died is not known.
+            rank = int(task[2]) if self.per_rank else None
             if signal is not None:
-                self._add(task[1], int(task[2]), signal, time)
+                self._add(task[1], rank, signal, time)
         for key, pattern in _TORCHRUN.items():
             match = pattern.search(line)
             if match:
@@ -148,10 +167,12 @@ class Casualties:
         if len(self._block) == len(_TORCHRUN):
             block, self._block = self._block, {}
             if int(block["exitcode"]) < 0:
-                self._add(block["host"], int(block["rank"]), -int(block["exitcode"]), time)
+                at = datetime.strptime(block["time"], "%Y-%m-%d_%H:%M:%S").timestamp()
+                self._add(block["host"], int(block["rank"]), -int(block["exitcode"]), at)
 
-    def _add(self, host: str, rank: int, signal: int, time: float) -> None:
-        if signal == _TERMINATED or any(known["rank"] == rank for known in self.found):
+    def _add(self, host: str, rank: int | None, signal: int, time: float) -> None:
+        known = [record["rank"] for record in self.found]
+        if signal == _TERMINATED or rank in known:
             return  # terminated by the launcher, because of another one
         error = f"killed by signal {signal}" + (" (out of memory?)" if signal == 9 else "")
         self.found.append({"rank": rank, "host": host, "error": error, "time": time})
@@ -167,7 +188,10 @@ def first_failure(
         casualties: ranks that died without writing (``Casualties.found``).
     """
     causes = [a for a in accounts if not CONSEQUENCES.search(a["error"])]
-    ranked = sorted(causes + casualties, key=lambda record: record["time"])
+    # A watchdog aborts (signal 6) ranks whose peers have gone.
+    causes += [c for c in casualties if "signal 6" not in c["error"] and c["rank"] is not None]
+    ranked = sorted(causes, key=lambda record: record["time"])
+    ranked += [c for c in casualties if c not in causes]
     ranked += sorted(accounts, key=lambda record: record["time"])
     if not ranked:
         return None
@@ -183,4 +207,5 @@ def describe(failure: dict[str, Any] | None) -> str:
         return "no rank left a message; see the log"
     step = f" at step {failure['step']}" if failure.get("step") is not None else ""
     message = (str(failure["error"]).strip().splitlines() or [""])[0]
-    return f"rank {failure['rank']} on {failure['host']}{step}: {message}"
+    who = "a rank" if failure["rank"] is None else f"rank {failure['rank']}"
+    return f"{who} on {failure['host']}{step}: {message}"

@@ -90,28 +90,31 @@ class Run:
         except ValueError:
             return None
 
-    def results(self) -> dict[str, Any]:
-        """Facts for status.json: steps, checkpoint, losses."""
+    def progress(self) -> dict[str, Any]:
+        """Facts for status.json that are at hand: steps, checkpoint, folders."""
         args = self.args
-        facts: dict[str, Any] = {"step": self.step(), "train_iters": args.train_iters}
+        facts: dict[str, Any] = {"train_iters": args.train_iters}
         if hasattr(args, "moa_corpus_sha256"):
             facts["corpus_sha256"] = args.moa_corpus_sha256
         saved = self.saved_step()
         if saved is not None:
             facts["checkpoint"] = str(Path(args.save) / f"iter_{saved:07d}")
-        if args.tensorboard_dir is None:
-            return facts
-        facts["tensorboard"] = args.tensorboard_dir
-        tested = bool(getattr(args, "do_test", False))
-        curves = telemetry.read_run(Path(args.tensorboard_dir), tested)
-        for key, tag in (
-            ("loss", telemetry.TRAIN_LOSS),
-            ("validation_loss", telemetry.VALID_LOSS),
-            ("test_loss", telemetry.TEST_LOSS),
-        ):
-            if tag in curves:
-                facts[key] = curves[tag].values[-1]
+        if args.tensorboard_dir is not None:
+            facts["tensorboard"] = args.tensorboard_dir
         return facts
+
+    def losses(self) -> dict[str, float]:
+        """The last training, validation and test loss that TensorBoard holds."""
+        if self.args.tensorboard_dir is None:
+            return {}
+        tested = bool(getattr(self.args, "do_test", False))
+        curves = telemetry.read_run(Path(self.args.tensorboard_dir), tested)
+        tags = {
+            "loss": telemetry.TRAIN_LOSS,
+            "validation_loss": telemetry.VALID_LOSS,
+            "test_loss": telemetry.TEST_LOSS,
+        }
+        return {key: curves[tag].values[-1] for key, tag in tags.items() if tag in curves}
 
     def draw(self) -> Path | None:
         """The picture of the run's curves, or None where it logged none."""

@@ -90,7 +90,10 @@ def _read(word: str) -> Any:
             return kind(word)
         except ValueError:
             continue
-    return yaml.safe_load(word)
+    try:
+        return yaml.safe_load(word)
+    except yaml.YAMLError:  # a layer pattern such as *-*-
+        return word
 
 
 def device_connections(values: dict[str, Any]) -> int | None:

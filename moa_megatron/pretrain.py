@@ -22,30 +22,50 @@ from moa_megatron.recipes import CommandLine, RefusedError
 
 logger = logging.getLogger(__name__ if __name__ != "__main__" else "moa_megatron.pretrain")
 _STARTED = time.time()
+_SECONDS_FOR_ALL_TO_REFUSE = 20.0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one pretraining command; returns its exit code."""
     rank = int(os.environ.get("RANK", "0"))
-    exit_file = None
+    words = sys.argv[1:] if argv is None else argv
+    # A refusal of the command line itself must reach the launcher, too.
+    exit_file = Path(words[words.index("--exit-file") + 1]) if "--exit-file" in words[:-1] else None
     try:
-        command = recipes.parse_command_line(sys.argv[1:] if argv is None else argv)
-        exit_file = command.exit_file
+        command = recipes.parse_command_line(words)
         code = _run(command, None if command.help_all else console.install(rank))
     except RefusedError as error:
-        code = runstate.REFUSED
-        if rank == 0:
-            sys.stderr.write(f"refused: {error}\n")
+        return _refused(exit_file, rank, str(error))
     except BaseException as error:
         _record_failure(exit_file, runstate.FAILED, f"{type(error).__name__}: {error}", None)
         raise
     if exit_file is None:
         return code
-    clean = code in (runstate.FINISHED, runstate.RETRY, runstate.REFUSED)
+    clean = code in (runstate.FINISHED, runstate.RETRY)
     if rank == 0 or not clean:
         runstate.first_writer(exit_file, str(code))
     # torchrun makes 1 of every failure and reports it at length: the file carries the code.
     return runstate.FINISHED if clean else code
+
+
+def _refused(exit_file: Path | None, rank: int, message: str) -> int:
+    """Says once what is refused; the exit code of this rank's process.
+
+    Where all ranks refuse, they leave with 0, or torchrun's report would bury the message. Where
+    only some do (a node lacks the data, say), they must fail, or the others would wait for them.
+    """
+    if rank == 0:
+        sys.stderr.write(f"refused: {message}\n")
+    if exit_file is None:
+        return runstate.REFUSED
+    _record_failure(exit_file, runstate.REFUSED, f"refused: {message}", None)
+    deadline = time.monotonic() + _SECONDS_FOR_ALL_TO_REFUSE
+    while runstate.count_failures(exit_file) < int(os.environ.get("WORLD_SIZE", "1")):
+        if time.monotonic() > deadline:
+            sys.stderr.write(f"refused on rank {rank} of {os.uname().nodename}: {message}\n")
+            return runstate.REFUSED
+        time.sleep(0.5)
+    return runstate.FINISHED
 
 
 def _run(command: CommandLine, out: console.Console | None) -> int:
@@ -83,6 +103,10 @@ def _train(run: Any, out: console.Console, exit_file: Path | None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         out.open(folder / "logs" / f"rank{args.rank}.log", args.seq_length)
     except OSError as error:
+        if runstate.is_storage_error(error):
+            _record_failure(exit_file, runstate.STORAGE, f"storage: {error}", None)
+            sys.stderr.write(f"storage: {error}\n")
+            return runstate.STORAGE
         raise RefusedError(f"--run-dir {folder} cannot be written: {error}") from error
     if args.rank == 0:
         runstate.write_status(
@@ -105,23 +129,32 @@ def _train(run: Any, out: console.Console, exit_file: Path | None) -> int:
         code = runstate.STORAGE if runstate.is_storage_error(error) else runstate.FAILED
         traceback.print_exc()
     healthy = code in (runstate.FINISHED, runstate.RETRY)
+    speaks = args.rank == 0
     if not healthy:
-        _record_failure(exit_file, code, problem or "", run.step())
-    try:
-        host.shutdown(barrier=healthy)
-    except Exception:  # a peer is gone; what this rank has done stands
-        traceback.print_exc()
-    if args.rank == 0 or not healthy:
+        speaks = _record_failure(exit_file, code, problem or "", run.step())
+    if healthy or host.active():
+        try:
+            host.shutdown(barrier=healthy)
+        except Exception:  # a peer is gone; what this rank has done stands
+            traceback.print_exc()
+    if speaks:
         _report(run, out, code, problem)
+    if not healthy and not host.active():
+        # NCCL's groups wait for peers that sit in a collective, at exit too; the launcher, which
+        # ends those, must hear of this rank now and not at the watchdog's time limit.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return code
 
 
-def _record_failure(exit_file: Path | None, code: int, problem: str, step: int | None) -> None:
-    """Tells the launcher which rank failed, when, where and of what."""
+def _record_failure(exit_file: Path | None, code: int, problem: str, step: int | None) -> bool:
+    """Tells the launcher which rank failed, when, where and of what; True on the first to do so."""
     if exit_file is None:
-        return
-    runstate.first_writer(exit_file, str(code))
+        return True
+    first = runstate.first_writer(exit_file, str(code))
     runstate.write_failure(exit_file, int(os.environ.get("RANK", "0")), code, problem, step)
+    return first
 
 
 def _verdict(run: Any, stop: SystemExit) -> tuple[int, str | None]:
@@ -148,9 +181,12 @@ def _report(run: Any, out: console.Console, code: int, problem: str | None) -> N
     if stopping.requested():
         facts["signal"] = stopping.requested()
     try:
-        facts.update(run.results())
         if problem:
             facts.update(error=problem, rank=run.args.rank)
+        # First what a launcher waits for: reading long curves takes a while.
+        facts.update(run.progress())
+        runstate.write_status(run.folder, state, code, **facts)
+        facts.update(run.losses())
         runstate.write_status(run.folder, state, code, **facts)
         picture = run.draw()
         if picture is not None:

@@ -31,7 +31,7 @@ def write_status(run_dir: Path, state: str, exit_code: int | None, **facts: Any)
         facts: step, checkpoint, losses and whatever else a reader wants.
     """
     record = {"state": state, "exit_code": exit_code, "time": time.time(), **facts}
-    temporary = run_dir / f".status.{os.getpid()}.tmp"
+    temporary = run_dir / f".status.{socket.gethostname()}.{os.getpid()}.tmp"
     temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, run_dir / "status.json")
 
@@ -108,16 +108,31 @@ def is_storage_error(error: BaseException) -> bool:
         for failure in getattr(seen, "failures", {}).values():
             if is_storage_error(failure[0]):
                 return True
-        if any(text in str(seen) for text in _STORAGE_MESSAGES):
+        if says_storage(str(seen)):
             return True
         seen = seen.__cause__ or seen.__context__
     return False
 
 
-def first_writer(path: Path, text: str) -> None:
-    """Writes ``path`` unless another rank has: of several failures the first one counts."""
-    with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
-        file.write(text)
+def says_storage(text: str) -> bool:
+    """Whether a message says that storage failed."""
+    return any(message in text for message in _STORAGE_MESSAGES)
+
+
+def first_writer(path: Path, text: str) -> bool:
+    """Writes ``path`` unless another rank has: of several failures the first one counts.
+
+    Returns whether this was the first. A disk too full to write it counts as that, too: every
+    rank may find it so, and one of them must report.
+    """
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def write_failure(exit_file: Path, rank: int, code: int, error: str, step: int | None) -> None:
@@ -133,6 +148,11 @@ def write_failure(exit_file: Path, rank: int, code: int, error: str, step: int |
     with contextlib.suppress(OSError):  # a full disk must not hide the error itself
         path = exit_file.with_name(f"{exit_file.name}.rank{rank}")
         path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+
+def count_failures(exit_file: Path) -> int:
+    """How many ranks have written of their failure."""
+    return sum(1 for _ in exit_file.parent.glob(f"{exit_file.name}.rank*"))
 
 
 def read_failures(exit_file: Path) -> list[dict[str, Any]]:

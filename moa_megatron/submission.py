@@ -6,7 +6,6 @@ Needs Python 3.9 and PyYAML only: it runs on a login node.
 from __future__ import annotations
 
 import argparse
-import itertools
 import re
 import shlex
 from dataclasses import dataclass, field
@@ -19,8 +18,18 @@ from moa_megatron.recipes import RefusedError
 ROOT = Path(__file__).resolve().parents[1]
 _TEMPLATE = ROOT / "launch" / "slurm.sbatch"
 _DIRECTIVE = re.compile(r"^#SBATCH --([\w-]+)")
+_FOLDERS = ("save", "load", "tensorboard_dir", "data_cache_path", "tokenizer_model")
+_DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+# What an option of the user's replaces beside its namesake.
+_DISPLACES = {
+    "mem-per-cpu": ("mem",),
+    "mem-per-gpu": ("mem",),
+    "no-requeue": ("requeue",),
+    "oversubscribe": ("exclusive",),
+}
 # Folders that each node has for itself.
+_OWN = {"nodes": "--nodes", "time": "--time", "array": "--array-sweep", "signal": "--grace"}
 _NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 
 
@@ -55,6 +64,9 @@ class Job:
             found.append(
                 "--profile with --array-sweep: profile one point by a submission of its own"
             )
+        found += self._contradictions()
+        if self.requeue and self.chain < 2:
+            found.append("--requeue needs --chain K: how often the job may run in all")
         if self.world_size < 1:
             return found
         variants = self.points or [{"name": "", "settings": {}}]
@@ -65,6 +77,20 @@ class Job:
             for problem in self._layout([*self.flags, *words]):
                 if where + problem not in found and problem not in found:
                     found.append(where + problem)
+        return found
+
+    def _contradictions(self) -> list[str]:
+        words = (flag.split("=")[0] for flag in self.flags if flag.startswith("--"))
+        given = {word[2:].replace("-", "_") for word in words}
+        swept = {key for point in self.points for key in point["settings"]}
+        found = [
+            f"{key} is swept, but --{key.replace('_', '-')} among the flags would override every "
+            "point: leave the flag out"
+            for key in sorted(given & swept)
+        ]
+        for key, flag in _OWN.items():
+            if key in self.options and not (key == "array" and self.points):
+                found.append(f"--sbatch {key}: use {flag}, which the checks know")
         return found
 
     def _layout(self, flags: list[str]) -> list[str]:
@@ -127,9 +153,11 @@ class Job:
 
     def script(self) -> str:
         """The batch script of the run, or of a sweep's array."""
-        supervise = [f"--chain {self.chain}"] if self.chain > 1 else []
+        # The signal may come a minute early, and a save must fit behind it.
+        supervise = ["--retry-needs", str(self.grace + 120)]
+        supervise += ["--chain", str(self.chain)] if self.chain > 1 else []
         supervise += ["--requeue"] if self.requeue else []
-        supervise += [f"--sweep {self.folder}"] if self.points else []
+        supervise += ["--sweep", str(self.folder)] if self.points else []
         options = {
             "job-name": self.folder.name,
             "output": str(self.folder / "logs" / f"slurm-{'%A_%a' if self.points else '%j'}.out"),
@@ -138,23 +166,36 @@ class Job:
             "signal": f"USR1@{self.grace}",
             **self.options,
         }
-        variables = {"MOA_SUPERVISE": " ".join(supervise), **self._variables()}
+        variables = {"MOA_SUPERVISE": shlex.join(supervise), **self._variables()}
         words = [self.recipe, *self.flags]
         words += [] if self.points else ["--run-dir", str(self.folder)]
         return _render(options, variables, words)
 
     def report_script(self) -> str:
         """The batch script that draws a sweep's table and picture."""
-        kept = ("partition", "account", "qos", "mem")
+        dropped = (*_OWN, "gpus-per-node", "gres", "exclusive")
         options = {
             "job-name": f"{self.folder.name}-report",
             "output": str(self.folder / "logs" / "report-%j.out"),
             "nodes": "1",
             "time": "15",
-            **{key: value for key, value in self.options.items() if key in kept},
+            **{key: value for key, value in self.options.items() if key not in dropped},
+            "exclusive": "no",
         }
         variables = {**self._variables(), "MOA_TOOL": "tools/report_sweep.py"}
         return _render(options, variables, [str(self.folder)])
+
+    def _outside(self) -> list[Path]:
+        """Folders outside the project that the run names: a container must see them as they are."""
+        values = outline.outline(self.recipe, self.flags)
+        named = [self.folder, *(values.get(key) for key in _FOLDERS)]
+        for key in _DATA:
+            words = values.get(key) or []
+            # The last part of a prefix is no folder; weights stand between prefixes.
+            paths = [Path(str(word)) for word in (words if isinstance(words, list) else [words])]
+            named += [path.parent for path in paths if path.is_absolute()]
+        found = sorted({Path(path) for path in named if path and Path(path).is_absolute()})
+        return [path for path in found if not path.is_relative_to(ROOT)]
 
     def _profiler(self) -> dict[str, str]:
         ranks = outline.outline(self.recipe, self.flags).get("profile_ranks", 0)
@@ -166,8 +207,7 @@ class Job:
         }
 
     def _variables(self) -> dict[str, str]:
-        outside = not self.folder.is_relative_to(ROOT)
-        mounts = [f"{self.folder}:{self.folder}"] if outside else []
+        mounts = [f"{path}:{path}" for path in self._outside()]
         mounts += [self.mounts] if self.mounts else []
         return {
             "MOA_ROOT": str(ROOT),
@@ -193,12 +233,19 @@ def profile_flags(flags: list[str], torch_profiler: bool) -> list[str]:
 def _render(options: dict[str, str], variables: dict[str, str], words: list[str]) -> str:
     """``launch/slurm.sbatch`` with these options in place of its defaults, and its arguments."""
     head, body = _TEMPLATE.read_text(encoding="utf-8").split("set -euo pipefail\n", 1)
+    chosen = dict(options)
+    displaced = {name for key in chosen for name in (key, *_DISPLACES.get(key.split("=")[0], ()))}
     kept = []
     for line in head.splitlines()[1:]:
         directive = _DIRECTIVE.match(line)
-        if directive is None or directive[1] not in options:
+        if directive is None or directive[1] not in displaced:
             kept.append(line)
-    directives = [f"#SBATCH --{key}={value}" for key, value in options.items()]
+    if chosen.get("exclusive") == "no":
+        del chosen["exclusive"]
+    directives = [
+        f"#SBATCH --{key}={shlex.quote(value)}" if value else f"#SBATCH --{key}"
+        for key, value in chosen.items()
+    ]
     exports = [f"export {key}={shlex.quote(value)}" for key, value in variables.items() if value]
     lines = ["#!/usr/bin/env bash", *directives, *kept, "set -euo pipefail", *exports]
     return "\n".join([*lines, f"set -- {shlex.join(words)}", body])
@@ -216,37 +263,6 @@ def seconds(text: str) -> int | None:
     if third is not None:
         return first * 3600 + (second or 0) * 60 + third
     return first * 60 + (second or 0)
-
-
-def sweep_points(sweeps: list[str]) -> list[dict[str, Any]]:
-    """``["lr=6e-4,1e-3", "seed=1,2"]`` -> every combination, each with a name and a folder.
-
-    Raises:
-        RefusedError: for anything that is not KEY=VALUE,VALUE,...
-    """
-    axes = []
-    for text in sweeps:
-        key, separator, values = text.partition("=")
-        choices = [value for value in values.split(",") if value]
-        if not key or not separator or not choices:
-            raise RefusedError(
-                f"--array-sweep {text}: write it as KEY=VALUE,VALUE, such as lr=6e-4,1e-3,2e-3"
-            )
-        if len(set(choices)) < len(choices):
-            raise RefusedError(f"--array-sweep {text}: a value is there twice")
-        axes.append([(key.replace("-", "_"), value) for value in choices])
-    points = []
-    for index, combination in enumerate(itertools.product(*axes)) if axes else ():
-        name = ",".join(f"{key}={value}" for key, value in combination)
-        points.append(
-            {
-                "index": index,
-                "name": name,
-                "settings": dict(combination),
-                "run_dir": re.sub(r"[^\w.=,+-]", "_", name),
-            }
-        )
-    return points
 
 
 def _writable(folder: Path) -> bool:

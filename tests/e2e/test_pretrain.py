@@ -1,12 +1,16 @@
 """The main job end to end: what a user sees, exit codes, resume, and checkpoints as arguments."""
 
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from tests.e2e.runs import SMALL, SMALL_MOE, Outcome, local, pretrain
+from moa_megatron import runstate
+from tests.e2e.runs import SMALL, SMALL_MOE, Outcome, environment, local, pretrain
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +133,26 @@ def test_refusals_before_megatron_is_even_imported(tmp_path: Path) -> None:
         refused = local(tmp_path / "none", *words)
         assert refused.code == 78 and message in refused.output
         assert "Traceback" not in refused.output and not (tmp_path / "none").exists()
+
+
+def refuse(folder: Path, rank: int, world: int) -> int:
+    command = [sys.executable, "-m", "moa_megatron.pretrain", "tiny-mo", "--run-dir", str(folder)]
+    env = environment(RANK=str(rank), WORLD_SIZE=str(world))
+    return subprocess.run([*command, "--exit-file", str(folder / "exit")], env=env).returncode
+
+
+def test_a_refusal_by_all_ranks_leaves_the_launcher_quiet(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        codes = list(pool.map(lambda rank: refuse(tmp_path, rank, 2), range(2)))
+    assert codes == [0, 0] and (tmp_path / "exit").read_text() == "78"
+
+
+@pytest.mark.slow
+def test_a_refusal_by_one_rank_ends_the_others(tmp_path: Path) -> None:
+    """A node without the data, say: its ranks must fail, or the others would wait for them."""
+    assert refuse(tmp_path, 1, 2) == 78
+    account = runstate.read_failures(tmp_path / "exit")[0]
+    assert account["rank"] == 1 and "did you mean 'tiny-moe'" in account["error"]
 
 
 @pytest.mark.slow

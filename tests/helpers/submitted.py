@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,13 @@ class Submitted:
         files = sorted((self.folder / "logs").glob("slurm-*.out"))
         return "".join(file.read_text(errors="replace") for file in files)
 
-    def wait_for(self, pattern: str, count: int = 1, timeout: float = 120) -> None:
-        """Until a regular expression stands in the output ``count`` times."""
-        deadline = time.monotonic() + timeout
-        while len(re.findall(pattern, self.log())) < count:
-            if time.monotonic() > deadline:
-                raise AssertionError(f"no {pattern!r} in {timeout} s:\n{self.log()[-6000:]}")
-            time.sleep(0.3)
+    def wait_for(self, pattern: str, timeout: float = 120) -> None:
+        """Until a regular expression is found in the output of the jobs."""
+        _wait(self.log, pattern, timeout)
+
+    def wait_for_file(self, path: Path, pattern: str, timeout: float = 120) -> None:
+        """Until a regular expression is found in a file, which may not be there yet."""
+        _wait(lambda: path.read_text() if path.exists() else "", pattern, timeout)
 
     def wait_for_step(self, step: int, timeout: float = 120) -> None:
         """Until a step has been logged, in whichever job."""
@@ -61,6 +62,14 @@ class Submitted:
         """Processes of this run that are still alive two seconds after its end."""
         time.sleep(2)  # what a rank has spawned looks for it every second
         return self.cluster.processes(str(self.folder))
+
+
+def _wait(read: Callable[[], str], pattern: str, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while not re.search(pattern, text := read()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"no {pattern!r} in {timeout} s:\n{text[-6000:]}")
+        time.sleep(0.3)
 
 
 def call(cluster: Cluster, *words: str) -> subprocess.CompletedProcess[str]:

@@ -10,6 +10,7 @@ import pytest
 from tests.helpers.slurm import Cluster
 from tests.helpers.submitted import SMALL_MOE, call, submit
 
+POINTS = ("seed=1", "seed=2")
 CPU = ["--gpus-per-node", "0", "--sbatch", "mem=100"]
 
 
@@ -80,13 +81,18 @@ def test_a_sweep_with_a_failing_point(cluster: Cluster, shared: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_an_element_of_an_array_continues_by_requeue(cluster: Cluster, shared: Path) -> None:
+    """It alone: the last element's job has the array's id, which would mean all of them."""
     folder = shared / "requeue"
-    words = [*SMALL_MOE, "--train-iters", "200", "--array-sweep", "seed=1", "--chain", "2"]
+    words = [*SMALL_MOE, "--train-iters", "60", "--array-sweep", "seed=1,2", "--chain", "2"]
     run = submit(cluster, folder, "tiny-moe", *words)
-    run.wait_for_step(3)
-    cluster.cancel("--signal=USR1", f"{run.jobs[0]}_0")
-    run.wait_for("requeueing this job: 2 of at most 2")
-    run.wait_for("continues from step")
-    assert cluster.wait(f"{run.jobs[0]}_0", 120)["JobState"] == "COMPLETED"
-    status = json.loads((folder / "seed=1" / "status.json").read_text())
-    assert (status["state"], status["step"], status["attempt"]) == ("finished", 200, 2)
+    element = folder / "seed=2"
+    run.wait_for_file(element / "logs" / "attempt-001.log", "iteration +3/")
+    cluster.cancel("--signal=USR1", f"{run.jobs[0]}_1")
+    run.wait_for("requeueing this job: 2 of 2")
+    for index in (0, 1):
+        assert cluster.wait(f"{run.jobs[0]}_{index}", 120)["JobState"] == "COMPLETED"
+    states = [json.loads((folder / name / "status.json").read_text()) for name in POINTS]
+    assert [(s["state"], s["step"], s["attempt"]) for s in states] == [
+        ("finished", 60, 1),
+        ("finished", 60, 2),
+    ]

@@ -100,8 +100,27 @@ def test_casualties_of_srun_and_torchrun() -> None:
     agents = Casualties(per_rank=False)
     for line in [SRUN, *TORCHRUN.splitlines()]:
         agents.read(line, 5.0)
-    assert [(c["rank"], c["host"]) for c in agents.found] == [(3, "n2.example")]
-    assert "out of memory" in agents.found[0]["error"]
+    assert [(c["rank"], c["host"]) for c in agents.found] == [(None, "n2"), (3, "n2.example")]
+    assert all("out of memory" in found["error"] for found in agents.found)
+    first = first_failure([], agents.found)
+    assert first is not None and first["rank"] == 3, "a rank says more than a node's launcher"
+    assert time.localtime(first["time"])[:6] == (2026, 11, 22, 14, 30, 20)
+    full = Casualties(per_rank=False)
+    full.read("OSError: [Errno 28] No space left on device", 1.0)
+    assert full.storage and not agents.storage
+
+
+def test_kinds_of_srun_messages_and_late_aborts() -> None:
+    ranks = Casualties(per_rank=True)
+    for line in (
+        "srun: error: n1: tasks 8-15: Aborted",
+        "srun: error: n2: task 3: Out Of Memory",
+        "srun: error: n3: tasks 4,5: Segmentation fault",
+    ):
+        ranks.read(line, 1.0)
+    assert [c["rank"] for c in ranks.found] == [8, 3, 4]
+    first = first_failure([], ranks.found)
+    assert first is not None and first["rank"] == 3, "a watchdog's abort is a consequence"
     failed = Casualties(per_rank=False)
     for line in TORCHRUN.replace("-9", "1").splitlines():
         failed.read(line, 5.0)

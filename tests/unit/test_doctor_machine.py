@@ -145,11 +145,13 @@ def test_caches(tmp_path: Path) -> None:
     findings = found(storage.caches, host)
     assert findings["kernels of this project"].level == "warning"
     assert "lustre" in findings["kernels of this project"].message
-    assert findings["TRITON_CACHE_DIR"].level == "ok"
+    assert findings["TRITON_CACHE_DIR"].level == "warning", "the launchers put it there too"
     host = machine(tmp_path, mounts(shared, "xfs"), env)
     assert set(levels(storage.caches, host).values()) == {"ok"}
     host.env = {**env, "XDG_CACHE_HOME": "/proc/nowhere"}
     assert levels(storage.caches, host)["XDG_CACHE_HOME"] == "error"
+    host.env = {"HOME": "/proc/nowhere"}
+    assert levels(storage.caches, host) == {"XDG_CACHE_HOME": "warning"}
 
 
 def test_room_and_a_write(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from moa_megatron import outline, submission
-from moa_megatron.recipes import RefusedError
-from moa_megatron.submission import Job, seconds, sweep_points
+from moa_megatron.submission import Job, seconds
+from moa_megatron.sweeps import make_points as sweep_points
 
 
 def job(folder: Path, **changes: Any) -> Job:
@@ -56,9 +56,14 @@ def test_sweep_points_are_every_combination_with_safe_folders() -> None:
     assert points[3]["settings"] == {"lr": "1e-3", "moa_variant": "a/b"}
     assert points[3]["run_dir"] == "lr=1e-3,moa_variant=a_b"
     assert sweep_points([]) == []
-    for text, message in (("lr", "write it as KEY=VALUE"), ("lr=1,1", "there twice")):
-        with pytest.raises(RefusedError, match=message):
-            sweep_points([text])
+    for texts, message in (
+        (["lr"], "write it as KEY=VALUE"),
+        (["lr=1,1"], "there twice"),
+        (["lr=1", "lr=2"], "each key once"),
+        (["x=/a/b,_a_b"], "share the folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sweep_points(texts)
 
 
 def test_a_good_job_has_no_problems(tmp_path: Path) -> None:
@@ -79,6 +84,9 @@ def test_a_good_job_has_no_problems(tmp_path: Path) -> None:
         ({"flags": ["--global-batch-size=7"]}, "--global-batch-size=7 is not a multiple"),
         ({"flags": ["--set", "num_experts"]}, "write it as key=value"),
         ({"points": sweep_points(["micro_batch_size=1,3"])}, "point micro_batch_size=3: "),
+        ({"points": sweep_points(["lr=1e-3,2e-3"])}, "lr is swept, but --lr among the flags"),
+        ({"options": {"nodes": "2"}}, "--sbatch nodes: use --nodes"),
+        ({"requeue": True}, "--requeue needs --chain K"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value[:24],
 )
@@ -117,7 +125,7 @@ def test_the_script_is_valid_bash_and_carries_every_option(tmp_path: Path) -> No
         "#SBATCH --gpus-per-node=8",
         "#SBATCH --signal=USR1@300",
         "#SBATCH --open-mode=append",
-        "export MOA_SUPERVISE='--chain 3 --requeue'",
+        "export MOA_SUPERVISE='--retry-needs 420 --chain 3 --requeue'",
         "export MOA_CONTAINER=image.sqsh",
         "export MOA_PER_RANK=1",
         ":/data",
@@ -136,15 +144,32 @@ def test_the_script_is_valid_bash_and_carries_every_option(tmp_path: Path) -> No
 
 
 def test_a_sweep_has_an_array_and_a_report(tmp_path: Path) -> None:
-    sweep = job(tmp_path, points=sweep_points(["lr=1e-3,2e-3"]), options={"array": "0-1"})
+    points = sweep_points(["lr=1e-3,2e-3"])
+    sweep = job(tmp_path, points=points, options={"array": "0-1", "constraint": "a|b"})
     assert (
         f"--sweep {tmp_path}" in sweep.script()
         and "\nset -- tiny-moe --lr 1e-3\n" in sweep.script()
     )
     report = sweep.report_script()
-    assert "#SBATCH --array" not in report
+    assert "#SBATCH --array" not in report and "#SBATCH --exclusive" not in report
+    assert "#SBATCH --constraint='a|b'" in report, "a site may insist on it"
     assert "export MOA_TOOL=tools/report_sweep.py" in report
     subprocess.run(["bash", "-n"], input=report, text=True, check=True)
+
+
+def test_options_of_sbatch_replace_what_they_contradict(tmp_path: Path) -> None:
+    options = {"mem-per-gpu": "32G", "no-requeue": "", "exclusive": "no", "comment": "a b"}
+    made = job(tmp_path, options=options).script()
+    assert "#SBATCH --no-requeue\n" in made and "#SBATCH --comment='a b'" in made
+    for gone in ("#SBATCH --mem=0", "#SBATCH --requeue", "#SBATCH --exclusive"):
+        assert gone not in made, gone
+
+
+def test_folders_outside_the_project_are_mounted(tmp_path: Path) -> None:
+    flags = ["--save", "/scratch/ckpt", "--train-data-path", "0.3", "/data/web/train", "runs/x"]
+    made = job(tmp_path / "run", container="image.sqsh", flags=flags).script()
+    mounts = f"/data/web:/data/web,/scratch/ckpt:/scratch/ckpt,{tmp_path}/run:{tmp_path}/run"
+    assert f"export MOA_MOUNTS={mounts}" in made
 
 
 def test_profiled_jobs(tmp_path: Path) -> None:
@@ -159,6 +184,7 @@ def test_profiled_jobs(tmp_path: Path) -> None:
 
 
 def test_outline_reads_flags_as_megatron_would() -> None:
+    assert outline.outline("tiny-moe", ["--x", "*-*-"])["x"] == "*-*-"
     words = ["--lr=2e-3", "--sequence-parallel", "--moa-dictionary", "silu", "id"]
     values = outline.outline("tiny-moe", [*words, "--set", "swiglu=false"])
     assert values["lr"] == 2e-3 and values["sequence_parallel"] is True

@@ -7,8 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from moa_megatron.attempts import History
 
@@ -72,6 +75,32 @@ def test_refusals_and_full_disks_are_not_retried(tmp_path: Path) -> None:
         done, attempts = supervise(folder, f'echo {code} >"$exit_file"')
         assert done.returncode == code and len(attempts) == 1
         assert status(folder)["exit_code"] == code
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs root: a small file system is mounted")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_said_and_ends_the_run(small_disk: Path) -> None:
+    script = 'head -c 1M /dev/zero >"$run/fill"; echo 1 >"$exit_file"; exit 1'
+    done = subprocess.run(
+        command(small_disk / "run", script),
+        env={**os.environ, "SLURM_JOB_ID": ""},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    print(done.stdout, done.stderr)
+    assert done.returncode == 74, "once, not three times and 93"
+    assert "No space left on device" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_first_failing_rank_reaches_status_and_output(tmp_path: Path) -> None:

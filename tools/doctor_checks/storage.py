@@ -20,17 +20,23 @@ def caches(host: Host) -> Iterator[Finding]:
     """Kernels are compiled by every rank into these; a shared disk makes all of them wait."""
     home = Path(host.env.get("HOME") or "/nonexistent")
     base = Path(host.env.get("XDG_CACHE_HOME") or home / ".cache")
+    named = bool(host.env.get("XDG_CACHE_HOME"))
     user = host.env.get("USER") or str(os.getuid())
+    # As launch/env.sh places them where XDG_CACHE_HOME is set, else as the libraries do.
+    triton = base / "triton" if named else home / ".triton" / "cache"
     inductor = Path(tempfile.gettempdir()) / f"torchinductor_{user}"
+    inductor = base / "inductor" if named else inductor
     folders = (
         ("XDG_CACHE_HOME", base),
         ("kernels of this project", base / "moa_megatron"),
-        ("TRITON_CACHE_DIR", Path(host.env.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")),
-        (
-            "TORCHINDUCTOR_CACHE_DIR",
-            Path(host.env.get("TORCHINDUCTOR_CACHE_DIR") or inductor),
-        ),
+        ("TRITON_CACHE_DIR", Path(host.env.get("TRITON_CACHE_DIR") or triton)),
+        ("TORCHINDUCTOR_CACHE_DIR", Path(host.env.get("TORCHINDUCTOR_CACHE_DIR") or inductor)),
     )
+    if not named and not _writable(base):
+        text = f"{base} cannot be written; the launchers use a folder in /tmp, which may not last"
+        cure = "export XDG_CACHE_HOME=/a/writable/folder"
+        yield Finding("warning", "XDG_CACHE_HOME", text, cure)
+        return
     ranks = int(host.env.get("SLURM_NTASKS", "1") or 1)
     for name, folder in folders:
         variable = name if name.isupper() else "XDG_CACHE_HOME"
