@@ -72,7 +72,7 @@ def test_chain_of_three_ends_as_if_never_stopped(
 def test_finished_runs_cancel_their_successors(cluster: Cluster, shared: Path) -> None:
     run = submit(cluster, shared / "early", "tiny-moe", *PAIR, *steps(2), "--chain", "2")
     assert run.wait() == ["COMPLETED", "CANCELLED"]
-    assert "cancelling the rest of the chain" in run.log()
+    assert "cancelled the rest of the chain" in run.log()
     for name in ("job.sbatch", "submit.json", "recipe.yaml", "environment.txt", "attempts.jsonl"):
         assert (run.folder / name).stat().st_size, name
 
