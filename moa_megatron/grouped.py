@@ -26,7 +26,7 @@ from megatron.core.transformer.moe.moe_utils import skip_routed_expert_padding
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from moa_megatron import ranges
+from moa_megatron import observing, ranges
 from moa_megatron.config import MoAConfig
 from moa_megatron.gates import MoAGate, draw_expert_seeds
 from moa_megatron.grouped_linear import GroupedLinear, MoAGroupedGate
@@ -56,6 +56,8 @@ class MoATEGroupedMLP(TEGroupedMLP):
         ValueError: where the config asks for what the mixture cannot do.
     """
 
+    shows_gate = True  # in statistics, see MoAMLP
+
     def __init__(
         self,
         num_local_experts: int,
@@ -78,9 +80,15 @@ class MoATEGroupedMLP(TEGroupedMLP):
             width = config.moe_latent_size or config.hidden_size
             self.moa_gate = MoAGroupedGate(config, moa, width, pg_collection, seeds)
 
-    def share_gate(self, gate: MoAGate) -> None:
+    def share_gate(self, gate: MoAGate, shows: bool) -> None:
         """Use the gate of the MoE layer; it stays that layer's parameter, not this module's."""
-        self._lent_gate = (gate,)
+        self._lent_gate, self.shows_gate = (gate,), shows
+
+    @property
+    def gate_in_use(self) -> MoAGate | MoAGroupedGate:
+        """Its own gate, or the layer's."""
+        own: MoAGroupedGate | None = getattr(self, "moa_gate", None)
+        return own if own is not None else self._lent_gate[0]
 
     def forward(
         self,
@@ -152,6 +160,8 @@ class MoATEGroupedMLP(TEGroupedMLP):
             # Everything differentiable is an argument: a closure's gradient would be lost.
             operands = (preact_TP, coefficients, probs_T1)
             hidden_TD = recompute.checkpoint(mix, *operands) if recompute else mix(*operands)
+        if observing.active:
+            observing.record(self, preact_TP, hidden_TD, coefficients, probs_T1)
         with ranges.FC2:
             output, bias = self.linear_fc2(hidden_TD, counts)
         if recompute:

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from moa_megatron import ranges
+from moa_megatron import observing, ranges
 from moa_megatron.config import MoAConfig
 from moa_megatron.gates import MoAGate, Scope
 from moa_megatron.layers import refuse_norm_in_fc1
@@ -32,6 +32,7 @@ class MoAMLP(MLP):
     """
 
     moa: MoAConfig
+    shows_gate = True  # in statistics: a gate that several modules read is shown by one of them
 
     def __init__(
         self,
@@ -96,23 +97,30 @@ class MoAMLP(MLP):
         """Whether selective recomputation drops the FFN input, so that nothing keeps it."""
         return _recomputes(self.config, "moe" if is_expert else "mlp")
 
-    def share_gate(self, gate: MoAGate) -> None:
+    def share_gate(self, gate: MoAGate, shows: bool) -> None:
         """Use the gate of the MoE layer; it stays that layer's parameter, not this module's."""
-        self._lent_gate = (gate,)
+        self._lent_gate, self.shows_gate = (gate,), shows
+
+    @property
+    def gate_in_use(self) -> MoAGate:
+        """Its own gate, or the layer's."""
+        own: MoAGate | None = getattr(self, "moa_gate", None)
+        return own if own is not None else self._lent_gate[0]
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """[..., d] -> [..., d] and an output bias; ``per_token_scale`` [...]: routing weights."""
-        gate = self.moa_gate if hasattr(self, "moa_gate") else self._lent_gate[0]
         with ranges.GATE:
-            coefficients = gate(hidden_states, routed=self.is_expert)
+            coefficients = self.gate_in_use(hidden_states, routed=self.is_expert)
         with ranges.FC1:
             preact, bias = self.linear_fc1(hidden_states)
         with ranges.MIXTURE:
             if bias is not None:
                 preact = preact + bias
             hidden = mixture(preact, coefficients, self.moa, per_token_scale)
+        if observing.active:
+            observing.record(self, preact, hidden, coefficients, per_token_scale)
         with ranges.FC2:
             output, output_bias = self.linear_fc2(hidden)
         if per_token_scale is not None and output_bias is not None:
