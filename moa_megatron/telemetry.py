@@ -196,8 +196,10 @@ def legend(axes: Axes) -> None:
 
 
 @contextlib.contextmanager
-def picture(path: Path, columns: int = 1) -> Iterator[list[Axes]]:
-    """Empty axes side by side; what was drawn is written to ``path`` on leaving."""
+def picture(
+    path: Path, columns: int = 1, rows: int = 1, size: tuple[float, float] = (7, 4.2)
+) -> Iterator[list[Axes]]:
+    """Empty axes, row by row, each of ``size`` inches; written to ``path`` on leaving."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -205,8 +207,9 @@ def picture(path: Path, columns: int = 1) -> Iterator[list[Axes]]:
 
     # Names are the user's, and no formulas: a lone $ in one must not end the drawing.
     with plt.rc_context({"text.parse_math": False}):
-        figure, grid = plt.subplots(1, columns, figsize=(7 * columns, 4.2), dpi=130, squeeze=False)
-        axes = list(grid[0])
+        whole = (size[0] * columns, size[1] * rows)
+        figure, grid = plt.subplots(rows, columns, figsize=whole, dpi=130, squeeze=False)
+        axes = list(grid.flat)
         for one in axes:
             one.grid(alpha=0.3)
         try:
