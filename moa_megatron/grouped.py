@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.enums import Fp8Recipe
 from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
     FineGrainedActivationOffloadingInterface,
 )
@@ -30,7 +31,7 @@ from moa_megatron import observing, ranges
 from moa_megatron.config import MoAConfig
 from moa_megatron.gates import MoAGate, draw_expert_seeds
 from moa_megatron.grouped_linear import GroupedLinear, MoAGroupedGate
-from moa_megatron.mlp import check_gated
+from moa_megatron.mlp import check_gated, recomputes, save_input_once
 from moa_megatron.op import mixture
 
 # Settings under which upstream's forward is another one than the one replaced here.
@@ -79,6 +80,11 @@ class MoATEGroupedMLP(TEGroupedMLP):
         if moa.gate_scope == "expert":
             width = config.moe_latent_size or config.hidden_size
             self.moa_gate = MoAGroupedGate(config, moa, width, pg_collection, seeds)
+        # Not in other recipes: it would turn Transformer Engine's grouped product for MXFP8 off.
+        per_tensor_or_block = config.fp8_recipe in (Fp8Recipe.tensorwise, Fp8Recipe.blockwise)
+        keeps_input = moa.mixing == "moa" and not recomputes(config, "moe")
+        if config.fp8 and per_tensor_or_block and keeps_input:
+            save_input_once(config, self.linear_fc1)
 
     def share_gate(self, gate: MoAGate, shows: bool) -> None:
         """Use the gate of the MoE layer; it stays that layer's parameter, not this module's."""

@@ -55,7 +55,7 @@ class MoAMLP(MLP):
         if hasattr(self.linear_fc1, "layer_norm_weight"):
             raise refuse_norm_in_fc1(type(self.linear_fc1).__name__)
         if moa.mixing == "moa" and not self._recomputes_input(is_expert):
-            _save_input_once(config, self.linear_fc1)
+            save_input_once(config, self.linear_fc1)
         self.moa, self.is_expert = moa, is_expert
         if owns_gate is None:
             owns_gate = getattr(self, "_owns_gate", True)
@@ -95,7 +95,7 @@ class MoAMLP(MLP):
 
     def _recomputes_input(self, is_expert: bool) -> bool:
         """Whether selective recomputation drops the FFN input, so that nothing keeps it."""
-        return _recomputes(self.config, "moe" if is_expert else "mlp")
+        return recomputes(self.config, "moe" if is_expert else "mlp")
 
     def share_gate(self, gate: MoAGate, shows: bool) -> None:
         """Use the gate of the MoE layer; it stays that layer's parameter, not this module's."""
@@ -156,16 +156,17 @@ class MoASharedExpertMLP(SharedExpertMLP, MoAMLP):
 
     def _recomputes_input(self, is_expert: bool) -> bool:
         del is_expert
-        return _recomputes(self.config, "shared_experts")
+        return recomputes(self.config, "shared_experts")
 
 
-def _recomputes(config: TransformerConfig, module: str) -> bool:
+def recomputes(config: TransformerConfig, module: str) -> bool:
+    """Whether ``module`` is recomputed selectively."""
     return config.recompute_granularity == "selective" and module in (
         config.recompute_modules or ()
     )
 
 
-def _save_input_once(config: TransformerConfig, linear: nn.Module) -> None:
+def save_input_once(config: TransformerConfig, linear: nn.Module) -> None:
     """Lets fc1 keep the high-precision input that the gates keep anyway, not a quantised copy too.
 
     As Megatron does for shared experts, whose input its router keeps. Transformer Engine refuses
