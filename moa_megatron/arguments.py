@@ -53,6 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="scale output projections by depth, as Megatron does; the paper does not",
     )
     group.add_argument(
+        "--moa-log-interval",
+        type=int,
+        default=None,
+        metavar="N",
+        help="gate statistics and ranges of every layer to TensorBoard every N steps (default "
+        f"{derive.LOG_INTERVAL}); 0: never",
+    )
+    group.add_argument(
         "--moa-cache-dir",
         default=str(_caches() / "moa_megatron"),
         help="prepared corpora and their indices (default: under XDG_CACHE_HOME or ~/.cache)",
@@ -106,6 +114,7 @@ def parse(command: CommandLine, extra_flags: list[str]) -> tuple[argparse.Namesp
     derive.align(args)
     derive.pattern(args)
     derive.modules(args, given)
+    derive.log_interval(args)
     return args, moa
 
 

@@ -27,7 +27,7 @@ from megatron.training import get_args, get_timers, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
-from moa_megatron import ranges
+from moa_megatron import layer_statistics, ranges
 
 _SPIKE = 10  # times the largest loss seen so far, as in Megatron's GPT entry
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
@@ -51,7 +51,8 @@ def forward_step(
         if return_schedule_plan:
             output = model.build_schedule_plan(*inputs, **keywords)
         else:
-            output = model(*inputs, **keywords)
+            with layer_statistics.watching(number if model.training else 0):
+                output = model(*inputs, **keywords)
     return output, partial(_checked_loss, batch["loss_mask"])
 
 

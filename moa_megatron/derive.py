@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import re
 
-from moa_megatron import installed, packages
+from moa_megatron import flags, installed, packages
 from moa_megatron.config import MoAConfig
 from moa_megatron.costs import moe_blocks
 from moa_megatron.recipes import RefusedError
+
+LOG_INTERVAL = 10
 
 
 def ffn(args: argparse.Namespace, moa: MoAConfig, given: set[str], gated_recipe: bool) -> None:
@@ -131,3 +133,18 @@ def modules(args: argparse.Namespace, given: set[str]) -> None:
             continue
         if local or also_with_engine:
             setattr(args, name, off)
+
+
+def log_interval(args: argparse.Namespace) -> None:
+    """Statistics of layers are on by default, except where they cannot be gathered.
+
+    Raises:
+        RefusedError: for a negative interval.
+    """
+    if args.moa_log_interval is None:
+        args.moa_log_interval = 0 if flags.log_interval_problems(args) else LOG_INTERVAL
+    if args.moa_log_interval < 0:
+        raise RefusedError(
+            f"--moa-log-interval {args.moa_log_interval}: must be 0 (never) or more, such as "
+            f"{LOG_INTERVAL}"
+        )

@@ -125,7 +125,9 @@ class MoALayer(RangedMoELayer):
         self.moa_gate = MoAGate(config, moa, "layer", config.hidden_size, self.attn_tp_group)
         for module in self.modules():
             if isinstance(module, (MoAMLP, MoATEGroupedMLP)):
-                module.share_gate(self.moa_gate)
+                # Shared experts read every token once, so they show what the gate does.
+                shows = module is self.shared_experts or self.shared_experts is None
+                module.share_gate(self.moa_gate, shows)
 
 
 def build_experts(

@@ -55,7 +55,25 @@ def problems(args: argparse.Namespace, moa: MoAConfig) -> list[str]:
             f"--moe-latent-size={args.moe_latent_size} with --moa-gate-scope layer: routed experts "
             "see latent vectors, shared experts do not; use --moa-gate-scope expert"
         )
+    if args.moa_log_interval:
+        found += log_interval_problems(args)
     return found + _expert_overlap_problems(args)
+
+
+def log_interval_problems(args: argparse.Namespace) -> list[str]:
+    """Why layers cannot show statistics: the code that gathers them would not run, or too late."""
+    reasons = {
+        "cuda_graph_impl": "a replayed graph does not run the code that gathers statistics",
+        "enable_cuda_graph": "a replayed graph does not run the code that gathers statistics",
+        "external_cuda_graph": "a replayed graph does not run the code that gathers statistics",
+        "overlap_moe_expert_parallel_comm": "its schedule runs forwards of layers among backwards",
+    }
+    return [
+        f"--moa-log-interval with --{name.replace('_', '-')} cannot go together: {reason}; use "
+        "--moa-log-interval 0, or leave the other out"
+        for name, reason in reasons.items()
+        if getattr(args, name, None) not in (None, False, "none")
+    ]
 
 
 def _expert_overlap_problems(args: argparse.Namespace) -> list[str]:

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.enums import Fp8Recipe
 from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
     FineGrainedActivationOffloadingInterface,
 )
@@ -26,11 +27,11 @@ from megatron.core.transformer.moe.moe_utils import skip_routed_expert_padding
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from moa_megatron import ranges
+from moa_megatron import observing, ranges
 from moa_megatron.config import MoAConfig
 from moa_megatron.gates import MoAGate, draw_expert_seeds
 from moa_megatron.grouped_linear import GroupedLinear, MoAGroupedGate
-from moa_megatron.mlp import check_gated
+from moa_megatron.mlp import check_gated, recomputes, save_input_once
 from moa_megatron.op import mixture
 
 # Settings under which upstream's forward is another one than the one replaced here.
@@ -56,6 +57,8 @@ class MoATEGroupedMLP(TEGroupedMLP):
         ValueError: where the config asks for what the mixture cannot do.
     """
 
+    shows_gate = True  # in statistics, see MoAMLP
+
     def __init__(
         self,
         num_local_experts: int,
@@ -77,10 +80,21 @@ class MoATEGroupedMLP(TEGroupedMLP):
         if moa.gate_scope == "expert":
             width = config.moe_latent_size or config.hidden_size
             self.moa_gate = MoAGroupedGate(config, moa, width, pg_collection, seeds)
+        # Not in other recipes: it would turn Transformer Engine's grouped product for MXFP8 off.
+        per_tensor_or_block = config.fp8_recipe in (Fp8Recipe.tensorwise, Fp8Recipe.blockwise)
+        keeps_input = moa.mixing == "moa" and not recomputes(config, "moe")
+        if config.fp8 and per_tensor_or_block and keeps_input:
+            save_input_once(config, self.linear_fc1)
 
-    def share_gate(self, gate: MoAGate) -> None:
+    def share_gate(self, gate: MoAGate, shows: bool) -> None:
         """Use the gate of the MoE layer; it stays that layer's parameter, not this module's."""
-        self._lent_gate = (gate,)
+        self._lent_gate, self.shows_gate = (gate,), shows
+
+    @property
+    def gate_in_use(self) -> MoAGate | MoAGroupedGate:
+        """Its own gate, or the layer's."""
+        own: MoAGroupedGate | None = getattr(self, "moa_gate", None)
+        return own if own is not None else self._lent_gate[0]
 
     def forward(
         self,
@@ -152,6 +166,8 @@ class MoATEGroupedMLP(TEGroupedMLP):
             # Everything differentiable is an argument: a closure's gradient would be lost.
             operands = (preact_TP, coefficients, probs_T1)
             hidden_TD = recompute.checkpoint(mix, *operands) if recompute else mix(*operands)
+        if observing.active:
+            observing.record(self, preact_TP, hidden_TD, coefficients, probs_T1)
         with ranges.FC2:
             output, bias = self.linear_fc2(hidden_TD, counts)
         if recompute:

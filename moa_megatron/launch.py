@@ -26,6 +26,7 @@ from moa_megatron import (
     corpus,
     costs,
     host,
+    layer_statistics,
     models,
     preflight,
     profiling,
@@ -55,6 +56,7 @@ class Run:
         set_global_variables(self.args)
         stopping.bind(self.args, get_signal_handler())
         batches.set_model_config(self.config.transformer)
+        layer_statistics.install(self.config.transformer, self.moa, self.args.moa_log_interval)
         container = pretrain_cfg_container_from_args(self.args, self.config)
         # A single process needs no launcher, so no rendezvous address either.
         store = HashStore() if self.args.world_size == 1 else None

@@ -7,6 +7,7 @@ command an outline of recipe and flags, where neither torch nor Megatron is inst
 from __future__ import annotations
 
 import argparse
+import math
 
 
 def schedule_problems(args: argparse.Namespace) -> list[str]:
@@ -51,7 +52,11 @@ def problems(args: argparse.Namespace) -> list[str]:
             f"--num-attention-heads={heads} does not divide --hidden-size={args.hidden_size}"
         )
     for width in _dense_widths(args):
-        divides("the FFN width", width, tp, "--tensor-model-parallel-size")
+        if width is not None and width % tp:
+            found.append(
+                f"--tensor-model-parallel-size={tp} does not divide the FFN width ({width}); "
+                f"{_align(tp)}, or {_choices(width)}"
+            )
     if not _has_own_stages(args):
         divides("the blocks", _num_blocks(args), pp, "--pipeline-model-parallel-size")
     found += _virtual_stage_problems(args, pp)
@@ -140,7 +145,7 @@ def _expert_problems(args: argparse.Namespace, tp: int, pp: int) -> list[str]:
     if width is not None and width % etp:
         problems.append(
             f"--expert-tensor-parallel-size={etp} does not divide the experts' width ({width}); "
-            f"{_choices(width)}"
+            f"{_align(etp)}, or {_choices(width)}"
         )
     if args.moe_router_topk > experts:
         problems.append(f"--moe-router-topk={args.moe_router_topk} exceeds --num-experts={experts}")
@@ -149,6 +154,11 @@ def _expert_problems(args: argparse.Namespace, tp: int, pp: int) -> list[str]:
             f"--tensor-model-parallel-size={tp} with experts needs --sequence-parallel: add it"
         )
     return problems
+
+
+def _align(size: int) -> str:
+    """The flag that rounds widths up, which the paper's odd ones need; 64 where that serves."""
+    return f"add --moa-align {math.lcm(64, size)} to round FFN widths up"
 
 
 def _choices(total: int) -> str:

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from moa_megatron import ranges
+from moa_megatron import observing, ranges
 from moa_megatron.config import MoAConfig
 from moa_megatron.gates import MoAGate, Scope
 from moa_megatron.layers import refuse_norm_in_fc1
@@ -32,6 +32,7 @@ class MoAMLP(MLP):
     """
 
     moa: MoAConfig
+    shows_gate = True  # in statistics: a gate that several modules read is shown by one of them
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class MoAMLP(MLP):
         if hasattr(self.linear_fc1, "layer_norm_weight"):
             raise refuse_norm_in_fc1(type(self.linear_fc1).__name__)
         if moa.mixing == "moa" and not self._recomputes_input(is_expert):
-            _save_input_once(config, self.linear_fc1)
+            save_input_once(config, self.linear_fc1)
         self.moa, self.is_expert = moa, is_expert
         if owns_gate is None:
             owns_gate = getattr(self, "_owns_gate", True)
@@ -94,25 +95,32 @@ class MoAMLP(MLP):
 
     def _recomputes_input(self, is_expert: bool) -> bool:
         """Whether selective recomputation drops the FFN input, so that nothing keeps it."""
-        return _recomputes(self.config, "moe" if is_expert else "mlp")
+        return recomputes(self.config, "moe" if is_expert else "mlp")
 
-    def share_gate(self, gate: MoAGate) -> None:
+    def share_gate(self, gate: MoAGate, shows: bool) -> None:
         """Use the gate of the MoE layer; it stays that layer's parameter, not this module's."""
-        self._lent_gate = (gate,)
+        self._lent_gate, self.shows_gate = (gate,), shows
+
+    @property
+    def gate_in_use(self) -> MoAGate:
+        """Its own gate, or the layer's."""
+        own: MoAGate | None = getattr(self, "moa_gate", None)
+        return own if own is not None else self._lent_gate[0]
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """[..., d] -> [..., d] and an output bias; ``per_token_scale`` [...]: routing weights."""
-        gate = self.moa_gate if hasattr(self, "moa_gate") else self._lent_gate[0]
         with ranges.GATE:
-            coefficients = gate(hidden_states, routed=self.is_expert)
+            coefficients = self.gate_in_use(hidden_states, routed=self.is_expert)
         with ranges.FC1:
             preact, bias = self.linear_fc1(hidden_states)
         with ranges.MIXTURE:
             if bias is not None:
                 preact = preact + bias
             hidden = mixture(preact, coefficients, self.moa, per_token_scale)
+        if observing.active:
+            observing.record(self, preact, hidden, coefficients, per_token_scale)
         with ranges.FC2:
             output, output_bias = self.linear_fc2(hidden)
         if per_token_scale is not None and output_bias is not None:
@@ -148,16 +156,17 @@ class MoASharedExpertMLP(SharedExpertMLP, MoAMLP):
 
     def _recomputes_input(self, is_expert: bool) -> bool:
         del is_expert
-        return _recomputes(self.config, "shared_experts")
+        return recomputes(self.config, "shared_experts")
 
 
-def _recomputes(config: TransformerConfig, module: str) -> bool:
+def recomputes(config: TransformerConfig, module: str) -> bool:
+    """Whether ``module`` is recomputed selectively."""
     return config.recompute_granularity == "selective" and module in (
         config.recompute_modules or ()
     )
 
 
-def _save_input_once(config: TransformerConfig, linear: nn.Module) -> None:
+def save_input_once(config: TransformerConfig, linear: nn.Module) -> None:
     """Lets fc1 keep the high-precision input that the gates keep anyway, not a quantised copy too.
 
     As Megatron does for shared experts, whose input its router keeps. Transformer Engine refuses

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 TRAIN_LOSS, VALID_LOSS = "lm loss", "lm loss validation"
 TEST_LOSS = "lm loss test"  # ours: Megatron logs the test set under the tag of validation
+STATISTICS = "moa"  # what tags of layers start with
 _LABEL_WIDTH = 40
 
 
@@ -31,7 +32,7 @@ def read_run(folder: Path, tested: bool) -> dict[str, Curve]:
         folder: of TensorBoard.
         tested: whether a test set was evaluated: Megatron then writes it last, as validation.
     """
-    points = _read(folder, (TRAIN_LOSS, VALID_LOSS))
+    points = _read(folder, {TRAIN_LOSS, VALID_LOSS}.__contains__)
     curves = {tag: _curve(steps) for tag, steps in points.items()}
     validation = points.get(VALID_LOSS)
     if tested and validation:
@@ -49,7 +50,21 @@ def read_run(folder: Path, tested: bool) -> dict[str, Curve]:
 
 def read_scalars(folder: Path, tags: tuple[str, ...]) -> dict[str, Curve]:
     """The scalars ``tags`` of a TensorBoard folder; absent ones are left out."""
-    return {tag: _curve(steps) for tag, steps in _read(folder, tags).items()}
+    return {tag: _curve(steps) for tag, steps in _read(folder, set(tags).__contains__).items()}
+
+
+def read_statistics(folder: Path) -> dict[str, Curve]:
+    """All statistics of layers in a TensorBoard folder, by tag."""
+    points = _read(folder, lambda tag: tag.startswith(f"{STATISTICS}/"))
+    return {tag: _curve(steps) for tag, steps in points.items()}
+
+
+def coefficient_tag(kind: str, name: str) -> str:
+    """The end of a tag for one of ``MoAConfig.coefficient_names``: ``gate_mean/z_silu``.
+
+    Tags are file names to some readers, so no colons and stars.
+    """
+    return f"{kind}/{name.replace(':', '_').replace('*', '_x_')}"
 
 
 def _curve(points: dict[int, list[float]]) -> Curve:
@@ -57,7 +72,7 @@ def _curve(points: dict[int, list[float]]) -> Curve:
     return Curve(steps, [points[step][-1] for step in steps])
 
 
-def _read(folder: Path, tags: tuple[str, ...]) -> dict[str, dict[int, list[float]]]:
+def _read(folder: Path, wanted: Callable[[str], bool]) -> dict[str, dict[int, list[float]]]:
     """All values by tag and step, in the order they were written."""
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
@@ -65,7 +80,7 @@ def _read(folder: Path, tags: tuple[str, ...]) -> dict[str, dict[int, list[float
     for path in sorted(folder.glob("events.out.tfevents.*")):
         for event in LegacyEventFileLoader(str(path)).Load():
             for value in event.summary.value:
-                if value.tag in tags:
+                if wanted(value.tag):
                     steps = points.setdefault(value.tag, {})
                     steps.setdefault(event.step, []).append(value.simple_value)
     return points
@@ -181,8 +196,10 @@ def legend(axes: Axes) -> None:
 
 
 @contextlib.contextmanager
-def picture(path: Path, columns: int = 1) -> Iterator[list[Axes]]:
-    """Empty axes side by side; what was drawn is written to ``path`` on leaving."""
+def picture(
+    path: Path, columns: int = 1, rows: int = 1, size: tuple[float, float] = (7, 4.2)
+) -> Iterator[list[Axes]]:
+    """Empty axes, row by row, each of ``size`` inches; written to ``path`` on leaving."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -190,8 +207,9 @@ def picture(path: Path, columns: int = 1) -> Iterator[list[Axes]]:
 
     # Names are the user's, and no formulas: a lone $ in one must not end the drawing.
     with plt.rc_context({"text.parse_math": False}):
-        figure, grid = plt.subplots(1, columns, figsize=(7 * columns, 4.2), dpi=130, squeeze=False)
-        axes = list(grid[0])
+        whole = (size[0] * columns, size[1] * rows)
+        figure, grid = plt.subplots(rows, columns, figsize=whole, dpi=130, squeeze=False)
+        axes = list(grid.flat)
         for one in axes:
             one.grid(alpha=0.3)
         try:

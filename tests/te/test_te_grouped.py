@@ -95,15 +95,18 @@ def check_checkpoints_have_the_same_tensors() -> None:
     assert "experts.linear_fc1._extra_state" in found["te"]
 
 
+def product(module: Any, x: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, None]:
+    """What TE's grouped kernel computes, without a GPU."""
+    from moa_megatron.grouped_linear import grouped_linear
+
+    return grouped_linear(x, [getattr(module, f"weight{i}") for i in range(EXPERTS)], counts), None
+
+
 def check_forward_around_replaced_products() -> None:
     """TE's kernels need a GPU; all around them does not."""
     from megatron.core.extensions.transformer_engine import TEGroupedLinear
 
-    from moa_megatron.grouped_linear import grouped_linear
-
-    def product(module: Any, x: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, None]:
-        weights = [getattr(module, f"weight{i}") for i in range(EXPERTS)]
-        return grouped_linear(x, weights, counts), None
+    from moa_megatron import observing
 
     experts = built()
     te, grouped = experts["te"], experts["grouped"]
@@ -112,12 +115,16 @@ def check_forward_around_replaced_products() -> None:
     counts = torch.tensor([5, 0, 4, 3])
     with (
         mock.patch.object(TEGroupedLinear, "forward", product),
+        observing.recording(),
         mock.patch("megatron.core.transformer.moe.moe_utils.te_general_gemm", None),
     ):
         outputs = [module(x, counts, probs)[0] for module in (te, grouped)]
         assert torch.equal(outputs[0], outputs[1])
         for output in outputs:
             output.sum().backward()
+    seen = observing.take()
+    assert torch.equal(seen[te].gates, seen[grouped].gates) and seen[te].gates[-1] == 12
+    assert seen[te].hidden == seen[grouped].hidden and seen[te].preact == seen[grouped].preact
     for name, parameter in te.named_parameters():
         assert torch.equal(parameter.grad, grouped.get_parameter(name).grad), name
 

@@ -271,6 +271,18 @@ def check_fc1_keeps_the_input_that_gates_keep() -> None:
     recompute = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
     assert not saves(dense, **fp8, **recompute)
 
+    def grouped(mlp: Any) -> Any:
+        return mlp.experts.linear_fc1
+
+    moe: dict[str, Any] = {"family": "gpt moe", "moe_grouped_gemm": True}
+    for recipe, expected in (("tensorwise", True), ("blockwise", True), ("delayed", False)):
+        assert saves(grouped, fp8="e4m3", fp8_recipe=recipe, **moe) == expected, recipe
+    assert not saves(grouped, fp8="e4m3", fp8_recipe="mxfp8", **moe), "it turns the product off"
+    assert not saves(grouped, **moe)
+    assert not saves(grouped, **fp8, **moe, moa=MoAConfig(mixing="la"))
+    recompute = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    assert not saves(grouped, **fp8, **moe, **recompute)
+
 
 CHECKS = [name for name in globals() if name.startswith("check_")]
 

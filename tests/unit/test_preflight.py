@@ -166,6 +166,11 @@ def check_layout_violations_come_together() -> None:
             "--sequence-parallel",
             world=2,
         )
+    odd = ("--moe-shared-expert-intermediate-size", "3413", "--tensor-model-parallel-size", "2")
+    with refused("FFN width (3413); add --moa-align 64 to round FFN widths up, or choose from 1"):
+        args_of(*odd, "--sequence-parallel", world=2)
+    aligned = args_of(*odd, "--sequence-parallel", "--moa-align", "64", world=2)
+    assert aligned.moe_shared_expert_intermediate_size == 3456
     with refused("--lr-warmup-iters=300 does not end within 150 steps"):
         args_of("--lr-warmup-iters", "300")
 
