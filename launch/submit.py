@@ -227,7 +227,6 @@ def rerun(folder: Path) -> int:
     """Submits again what a sweep has not finished; returns the exit code."""
     try:
         points = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["points"]
-        script = (folder / "job.sbatch").read_text(encoding="utf-8")
     except (OSError, ValueError, KeyError) as error:
         raise RefusedError(f"--rerun {folder} is no folder of a sweep: {error}") from error
     active = slurm.active_jobs(folder)
@@ -241,6 +240,7 @@ def rerun(folder: Path) -> int:
     if not left:
         print(f"all {len(points)} points of {folder} have finished: nothing to do")
         return runstate.FINISHED
+    script = (folder / "job.sbatch").read_text(encoding="utf-8")
     array = re.search(r"^#SBATCH --array=\S*?(%\d+)?$", script, flags=re.MULTILINE)
     jobs = slurm.submit_sweep(folder, ",".join(map(str, left)) + ((array and array[1]) or ""))
     names = ", ".join(point["name"] for point in points if point["index"] in left)
