@@ -56,7 +56,7 @@ _KEPT = ("NCCL_", "TORCH", "CUDA", "MOA_", "OMP_", "UCX_", "FI_", "GLOO_", "TRIT
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options of this command, and the flags that go on to training."""
-    parser = argparse.ArgumentParser(
+    parser = recipes.Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

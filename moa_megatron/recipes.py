@@ -54,7 +54,7 @@ def parse_command_line(argv: list[str]) -> CommandLine:
     Raises:
         RefusedError: for a malformed ``--set`` or a missing recipe or run folder.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="moa_megatron.pretrain",
         description="Pretrain a language model from a recipe, on Megatron's training loop.",
         epilog=_EPILOG,
@@ -92,7 +92,9 @@ def parse_command_line(argv: list[str]) -> CommandLine:
     )
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Bad options are refusals, code 78, not argparse's 2."""
+
     def error(self, message: str) -> NoReturn:
         raise RefusedError(message)
 

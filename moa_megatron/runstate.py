@@ -91,10 +91,11 @@ def complete_steps(checkpoints: Path) -> list[int]:
     """Steps of the checkpoints whose save completed, ascending.
 
     A distributed checkpoint's ``.metadata`` is written after all its shards (torch's
-    ``FileSystemWriter.finish``).
+    ``FileSystemWriter.finish``), Megatron's ``metadata.json`` after that, if the format has it.
     """
-    folders = checkpoints.glob("iter_*/.metadata") if checkpoints.is_dir() else ()
-    names = (path.parent.name.removeprefix("iter_") for path in folders)
+    found = [path.parent for path in checkpoints.glob("iter_*/.metadata")]
+    whole = [folder for folder in found if (folder / "metadata.json").exists()] or found
+    names = (folder.name.removeprefix("iter_") for folder in whole)
     return sorted(int(name) for name in names if name.isdigit())
 
 

@@ -34,7 +34,7 @@ def test_violations_of_recipe_megatron_and_slurm(cluster: Cluster, shared: Path)
     done = call(cluster, "tiny-moe", *SMALL_MOE, *CPU, *folder, "--moa-varaint", "qd")
     assert done.returncode == 78 and "--moa-varaint is no flag" in done.stderr
     assert "did you mean '--moa-variant'" in done.stderr
-    for words in ((), ("--nodes", "2"), ("tiny-mo",)):
+    for words in ((), ("--nodes", "2"), ("tiny-mo",), ("tiny-moe", "--nodes", "two")):
         assert call(cluster, *words).returncode == 78
     assert not (shared / "bad").exists()
 

@@ -47,8 +47,10 @@ def test_a_broken_tracker_falls_back_to_the_newest_complete_checkpoint(
 ) -> None:
     for step in (2, 10, 12):
         (tmp_path / f"iter_{step:07d}").mkdir()
-    for step in (2, 10):
+    for step in (2, 10, 12):
         (tmp_path / f"iter_{step:07d}" / ".metadata").touch()
+    for step in (2, 10):  # the last save was cut short just before this
+        (tmp_path / f"iter_{step:07d}" / "metadata.json").touch()
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
     if text is not None:
         tracker.write_text(text)
