@@ -96,11 +96,22 @@ def submit_chain(folder: Path, count: int) -> list[str]:
             jobs.append(sbatch(folder / "job.sbatch", *after))
         note_jobs(folder, jobs)
         if hold:
-            subprocess.run(["scontrol", "release", jobs[0]], check=True)
-    except (SlurmError, OSError, subprocess.SubprocessError):
+            release(jobs[0])
+    except (SlurmError, OSError):
         cancel(jobs)
         raise
     return jobs
+
+
+def release(job: str) -> None:
+    """Lets a held job start.
+
+    Raises:
+        SlurmError: where Slurm refuses.
+    """
+    done = subprocess.run(["scontrol", "release", job], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SlurmError(f"scontrol release {job}: {done.stderr.strip()}")
 
 
 def submit_sweep(folder: Path, elements: str | None = None) -> list[str]:
