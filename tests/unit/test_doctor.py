@@ -122,6 +122,7 @@ def smoke(fault: dict[int, dict[str, str]], limit: float) -> Finding:
     return finding
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_and_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +133,7 @@ def test_a_rank_that_hangs_is_named_and_killed(
     assert marked_processes(str(tmp_path)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "kind", "says"),
     [
