@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 from megatron.core.enums import ModelType
 from megatron.training import get_tensorboard_writer
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -55,6 +56,9 @@ class Run:
         self.args.exit_signal_handler = True
         set_global_variables(self.args)
         stopping.bind(self.args, get_signal_handler())
+        if self.args.save and self.args.ckpt_format == "torch_dist":
+            # The first save would start it, perhaps in the very moment of a signal.
+            stopping.start_shielded(get_write_results_queue)
         batches.set_model_config(self.config.transformer)
         layer_statistics.install(self.config.transformer, self.moa, self.args.moa_log_interval)
         container = pretrain_cfg_container_from_args(self.args, self.config)

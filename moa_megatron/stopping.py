@@ -20,6 +20,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -80,6 +81,19 @@ def die_with_parent() -> None:
     """Ends this process when its launcher dies, even by SIGKILL: no rank outlives the others."""
     with contextlib.suppress(OSError, AttributeError):  # Linux only
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def start_shielded(start: Callable[[], object]) -> None:
+    """Runs what spawns a process, with the signals blocked: the process inherits that.
+
+    Between its start and ``serve_parent`` a signal to the whole step would kill it. Those that come
+    to this process meanwhile are delivered afterwards.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD if _process else ())
+    try:
+        start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def serve_parent() -> None:

@@ -64,6 +64,24 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert done.stdout.strip() == "7", done.stderr
 
 
+def test_processes_started_shielded_survive_and_the_signal_is_not_lost() -> None:
+    done = run("""
+import subprocess
+stopping.bind(args, upstream)
+def start():
+    global child
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"])
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert stopping.requested() is None
+stopping.start_shielded(start)
+assert stopping.requested() == "SIGUSR1" and args.exit_duration_in_mins == -1
+for name in (signal.SIGUSR1, signal.SIGTERM):
+    os.kill(child.pid, name)
+print(child.wait())
+""")
+    assert done.stdout.strip() == "0", done.stderr
+
+
 def test_late_signals_cannot_kill_a_process_that_is_done() -> None:
     done = run("""
 class Late:
