@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,23 @@ _ALTERNATIVES: dict[str, tuple[tuple[str, ...], Any]] = {
 _OF_MIXTURES = ("moa_variant", "moa_gate", "moa_dictionary", "moa_gate_scope", "moa_gate_init_std")
 
 
+@dataclass(frozen=True)
+class Parsed:
+    """A namespace before Megatron's own validation, and where its values come from.
+
+    Attributes:
+        args: Megatron's namespace.
+        moa: settings of the method.
+        recipe: the recipe's values for the variant in force.
+        given: destinations that the user has set by flags or ``--set``.
+    """
+
+    args: argparse.Namespace
+    moa: MoAConfig
+    recipe: dict[str, Any]
+    given: set[str]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The project's own flags, beside Megatron's."""
     add_moa_arguments(parser)
@@ -46,6 +64,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=1,
         metavar="N",
         help="round FFN widths up to multiples of N; 64 suits FP8 and tensor parallelism",
+    )
+    group.add_argument(
+        "--tokens",
+        metavar="BUDGET",
+        help="train on this many tokens: 2.6B, 300M, or 20x for 20 per parameter; warm-up and "
+        "decay keep the recipe's proportions (default: the recipe's train_iters)",
+    )
+    group.add_argument(
+        "--moa-min-lr-fraction",
+        type=float,
+        metavar="F",
+        help="lowest learning rate as a fraction of the peak, where --min-lr is not given",
+    )
+    group.add_argument(
+        "--moa-muon-split-fc1",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Muon takes W1 and W2, which Megatron keeps in one matrix, as two (default: yes)",
     )
     group.add_argument(
         "--moa-scaled-init",
@@ -73,8 +109,8 @@ def _caches() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
-def parse(command: CommandLine, extra_flags: list[str]) -> tuple[argparse.Namespace, MoAConfig]:
-    """Megatron's namespace before its own validation, and the settings of the method.
+def parse(command: CommandLine, extra_flags: list[str]) -> Parsed:
+    """Recipe and flags as Megatron's namespace, with what follows from them filled in.
 
     Args:
         command: what the user asked for.
@@ -84,6 +120,7 @@ def parse(command: CommandLine, extra_flags: list[str]) -> tuple[argparse.Namesp
         RefusedError: for unknown keys and flags, bad values and contradictions.
     """
     recipe = recipes.load(command.recipe) if command.recipe else {}
+    recipe = recipes.of_variant(recipe, command.settings, command.flags)
     args, given = _parse(command, recipe, extra_flags)
     args.moa_recipe = command.recipe
     for name, (others, off) in _ALTERNATIVES.items():
@@ -115,7 +152,8 @@ def parse(command: CommandLine, extra_flags: list[str]) -> tuple[argparse.Namesp
     derive.pattern(args)
     derive.modules(args, given)
     derive.log_interval(args)
-    return args, moa
+    derive.min_lr(args, given)
+    return Parsed(args, moa, recipe, given)
 
 
 def _parse(

@@ -148,3 +148,17 @@ def log_interval(args: argparse.Namespace) -> None:
             f"--moa-log-interval {args.moa_log_interval}: must be 0 (never) or more, such as "
             f"{LOG_INTERVAL}"
         )
+
+
+def min_lr(args: argparse.Namespace, given: set[str]) -> None:
+    """The floor of the schedule follows the peak, also one that the user has chosen.
+
+    Raises:
+        RefusedError: for a fraction outside 0 to 1.
+    """
+    fraction = args.moa_min_lr_fraction
+    if fraction is None or "min_lr" in given or args.lr is None:
+        return
+    if not 0 <= fraction <= 1:
+        raise RefusedError(f"--moa-min-lr-fraction {fraction}: must be from 0 to 1, such as 0.05")
+    args.min_lr = fraction * args.lr

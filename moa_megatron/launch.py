@@ -23,6 +23,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from moa_megatron import (
     arguments,
     batches,
+    budget,
     checkpoints,
     corpus,
     costs,
@@ -144,6 +145,8 @@ class Run:
             share += ", without embeddings"
         device = "host CPU, gloo" if host.active() else torch.cuda.get_device_name()
         tokens = args.global_batch_size * args.seq_length
+        length = f"{args.train_iters} steps of {tokens:,} tokens"
+        length += f", {args.train_iters * tokens / 1e9:.3g} B in all"
         sizes = (
             ("TP", args.tensor_model_parallel_size),
             ("PP", args.pipeline_model_parallel_size),
@@ -164,8 +167,7 @@ class Run:
             f"  parameters   {count.total:,}, active {count.active:,}, {share}",
             f"  layout       {args.world_size} on {device}: {layout}",
             f"  data         {self.data}",
-            f"  training     {args.train_iters} steps of {tokens:,} tokens, {args.optimizer}, "
-            f"peak lr {args.lr}; {start}",
+            f"  training     {length}; {args.optimizer}, peak lr {args.lr:g}; {start}",
             f"  run folder   {self.folder}",
             f"  watch        tensorboard --logdir {args.tensorboard_dir}",
         ]
@@ -186,11 +188,13 @@ def prepare(command: CommandLine, extra_flags: list[str]) -> Run:
     Raises:
         RefusedError: with every violation that was found.
     """
-    args, moa = arguments.parse(command, extra_flags)
+    parsed = arguments.parse(command, extra_flags)
+    args, moa = parsed.args, parsed.moa
     if args.tensorboard_dir is None:
         args.tensorboard_dir = str(command.run_dir / "tensorboard")
     data = _choose_data(args)
     _pad_vocabulary(args)
+    budget.apply(args, parsed.recipe, parsed.given, _parameters_without_gates(args))
     # A dry run may stand for another machine.
     has_device = command.dry_run or not host.active()
     _refuse(preflight.check(args, moa) + profiling.problems(args, has_device))
@@ -205,6 +209,12 @@ def prepare(command: CommandLine, extra_flags: list[str]) -> Run:
     # Only now are both sides complete: a checkpoint holds what validation has filled in.
     _refuse(checkpoints.problems(args))
     return Run(args, moa, config, command.run_dir, data)
+
+
+def _parameters_without_gates(args: argparse.Namespace) -> int | None:
+    if args.padded_vocab_size is None:
+        return None
+    return costs.parameters(args, MoAConfig(mixing="fixed"), args.padded_vocab_size).total
 
 
 def _choose_backend(args: argparse.Namespace, moa: MoAConfig) -> None:

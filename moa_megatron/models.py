@@ -30,6 +30,7 @@ from megatron.training.models.gpt import (
 from megatron.training.models.hybrid import HybridModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
+from moa_megatron import muon
 from moa_megatron.checkpoints import moe_norm_has_dense_name
 from moa_megatron.config import MoAConfig
 from moa_megatron.layers import forget_norm_states
@@ -124,6 +125,8 @@ def model_config(args: argparse.Namespace, moa: MoAConfig) -> HybridModelConfig 
         config.transformer.output_layer_init_method = config.transformer.init_method
     if moa.mixing != "fixed":
         config.pre_wrap_hooks.append(forget_norm_states)
+    if muon.splits_fc1(args):
+        config.pre_wrap_hooks.append(muon.split_fc1)
     return config
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from moa_megatron import recipes
+from moa_megatron import budget, recipes
 
 # Sizes that Megatron's parser would fill in.
 _DEFAULTS: dict[str, Any] = {
@@ -51,6 +51,7 @@ _DEFAULTS: dict[str, Any] = {
     "lr_warmup_iters": 0,
     "rampup_batch_size": None,
     "moa_align": 1,
+    "tokens": None,
 }
 
 
@@ -60,7 +61,9 @@ def outline(recipe: str, flags: list[str]) -> dict[str, Any]:
     Raises:
         RefusedError: unknown recipe, or a malformed ``--set``.
     """
-    values = {**_DEFAULTS, **recipes.load(recipe)}
+    stated = recipes.load(recipe)
+    values = {**_DEFAULTS, **stated}
+    asked: dict[str, Any] = {}
     words = list(flags)
     while words:
         word = words.pop(0)
@@ -71,9 +74,15 @@ def outline(recipe: str, flags: list[str]) -> dict[str, Any]:
         while not separator and words and not words[0].startswith("--"):
             following.append(words.pop(0))
         if key == "set":
-            values.update(recipes.parse_setting(item) for item in following)
+            asked.update(recipes.parse_setting(item) for item in following)
         else:
-            values[key.replace("-", "_")] = _value(following)
+            asked[key.replace("-", "_")] = _value(following)
+    values.update(asked)
+    if values["tokens"] is not None:
+        # Parameters are counted later; no check of a launcher depends on the number of steps.
+        values.update(train_iters=None, lr_warmup_iters=0)
+    elif isinstance(values["train_iters"], int):
+        values.update(budget.scaled(stated, values["train_iters"], asked))
     return values
 
 

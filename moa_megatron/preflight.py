@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from moa_megatron import flags, layout, token_files
+from moa_megatron import flags, layout, muon, token_files
 from moa_megatron.config import MoAConfig
 
 # Upstream arguments that this entry point does not serve, whatever the FFN.
@@ -22,7 +22,7 @@ UNSERVED: dict[str, str] = {
 
 def check(args: argparse.Namespace, moa: MoAConfig) -> list[str]:
     """All violations of layout, upstream flags and data that can be seen before building."""
-    problems = layout.problems(args) + flags.machine_problems(args)
+    problems = layout.problems(args) + flags.machine_problems(args) + muon.problems(args)
     if moa.mixing != "fixed":
         problems += flags.problems(args, moa)
     problems += [

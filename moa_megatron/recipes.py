@@ -17,9 +17,10 @@ from typing import Any, NoReturn
 
 import yaml
 
-from moa_megatron.config import nearest
+from moa_megatron.config import MoAConfig, nearest
 
 RECIPES = Path(__file__).resolve().parents[1] / "launch" / "recipes"
+_VARIANTS = ("fixed", "la", "type1", "one", "bi", "qd")
 
 _EPILOG = """\
 examples:
@@ -110,8 +111,8 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 def available() -> list[str]:
-    """Names of the recipes that ship with the project (``paper`` is only a base)."""
-    return sorted({path.stem for path in RECIPES.glob("*.yaml")} - {"paper"})
+    """Names of the recipes that ship with the project; ``paper*`` are bases, no models."""
+    return sorted(p.stem for p in RECIPES.glob("*.yaml") if not p.stem.startswith("paper"))
 
 
 def load(name: str) -> dict[str, Any]:
@@ -141,7 +142,41 @@ def _load(name: str, children: tuple[str, ...]) -> dict[str, Any]:
     parent = values.pop("inherits", None)
     if parent is None:
         return values
-    return {**_load(str(parent), (*children, name)), **values}
+    inherited = _load(str(parent), (*children, name))
+    # What a recipe states itself holds for all its variants.
+    for changes in inherited.get("variants", {}).values():
+        for key in values:
+            changes.pop(key, None)
+    return {**inherited, **values}
+
+
+def of_variant(
+    recipe: dict[str, Any], settings: dict[str, Any], flags: list[str]
+) -> dict[str, Any]:
+    """The recipe's values for the variant that is asked for, without its key ``variants``.
+
+    ``variants`` maps ``fixed``, ``la``, ``type1``, ``one``, ``bi`` and ``qd`` to values of their
+    own: learning rates are tuned per variant.
+
+    Raises:
+        RefusedError: an unknown variant in the recipe.
+    """
+    common = {key: value for key, value in recipe.items() if key != "variants"}
+    variants = recipe.get("variants") or {}
+    unknown = sorted(set(variants) - set(_VARIANTS))
+    if unknown:
+        raise RefusedError(
+            f"recipe: variants {', '.join(map(str, unknown))} unknown; known are "
+            f"{', '.join(_VARIANTS)}"
+        )
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("moa_mixing", "moa_variant"):
+        value = settings.get(name, settings.get(name.replace("_", "-"), common.get(name)))
+        default = value or getattr(MoAConfig, name.removeprefix("moa_"))
+        parser.add_argument("--" + name.replace("_", "-"), nargs="?", default=default)
+    asked = parser.parse_known_args(flags)[0]
+    variant = asked.moa_variant if asked.moa_mixing == "moa" else asked.moa_mixing
+    return {**common, **variants.get(variant, {})}
 
 
 def set_defaults(

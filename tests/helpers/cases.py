@@ -50,14 +50,15 @@ class Model:
         moe: mixture-of-experts feedforward layers with a shared expert, or dense ones.
         moa: settings of the method.
         options: further fields of TransformerConfig, as pairs so that a model can be a key.
-        optimizer: sgd, or adam where the distributed optimizer takes nothing else.
+        optimizer: sgd, adam where the distributed optimizer takes nothing else, or muon as recipes
+            use it.
     """
 
     family: Literal["hybrid", "gpt"] = "hybrid"
     moe: bool = False
     moa: MoAConfig = field(default_factory=moa)
     options: tuple[tuple[str, Any], ...] = ()
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    optimizer: Literal["sgd", "adam", "muon"] = "sgd"
 
 
 ONE_RANK = Layout()

@@ -17,10 +17,16 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec,
 )
 from megatron.core.models.hybrid.hybrid_model import HybridModel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 
+from moa_megatron import muon
 from moa_megatron.gates import MoAGate
 from moa_megatron.grouped_linear import MoAGroupedGate
 from moa_megatron.local_specs import local_hybrid_stack_spec
@@ -135,6 +141,8 @@ def build(model: Model, layout: Layout) -> list[DistributedDataParallel]:
     config = transformer_config(model, layout)
     config.finalize_model_grads_func = finalize_model_grads
     chunks = [_chunk(model, layout, config, stage) for stage in range(layout.vpp)]
+    if model.optimizer == "muon" and model.moa.gated:
+        muon.split_fc1(chunks)
     for parameter in (p for chunk in chunks for p in chunk.parameters()):
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=layout.sharded_optimizer)
@@ -147,16 +155,21 @@ def build(model: Model, layout: Layout) -> list[DistributedDataParallel]:
 def optimizer(
     model: Model, layout: Layout, chunks: list[DistributedDataParallel]
 ) -> MegatronOptimizer:
-    """SGD, or an Adam whose large epsilon keeps it from turning rounding errors into steps."""
+    """SGD, an Adam whose large epsilon keeps it from turning rounding errors into steps, Muon."""
     config = OptimizerConfig(
         optimizer=model.optimizer,
         lr=0.1 if model.optimizer == "sgd" else 0.01,
+        muon_nesterov=True,
+        muon_tp_mode="duplicated",
+        muon_extra_scale_factor=0.2,
+        muon_fp32_matmul_prec="highest",
         adam_eps=1e-2,
         weight_decay=0.01,
         clip_grad=1.0,
         use_distributed_optimizer=layout.sharded_optimizer,
     )
-    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+    overrides = get_standard_config_overrides(config)
+    return get_megatron_optimizer(config, chunks, overrides, use_gloo_process_groups=False)
 
 
 def gates(chunks: list[DistributedDataParallel]) -> list[MoAGate | MoAGroupedGate]:

@@ -8,9 +8,40 @@ import torch
 
 from tests.helpers import isolated
 
-PAPER = {"dense-0.12b": 119_744_256, "dense-0.5b": 482_696_960, "moe-2b": 1_996_574_720}
-ALIGNED = {"dense-0.5b": 485_669_120, "moe-2b": 2_078_309_120}
-GATES = {"dense-0.12b": 6 * 14 * 768, "dense-0.5b": 18 * 14 * 1280, "moe-2b": 15 * 10 * 1280}
+PAPER = {
+    "dense-0.12b": 119_744_256,
+    "dense-0.12b-long": 119_744_256,
+    "dense-0.25b": 254_018_560,
+    "dense-0.5b": 482_696_960,
+    "moe-0.25b": 251_044_480,
+    "moe-0.5b": 480_942_336,
+    "moe-0.8b": 797_327_040,
+    "moe-1b": 1_058_931_712,
+    "moe-2b": 1_996_574_720,
+}
+ACTIVE = {
+    "moe-0.25b": 0.1136,
+    "moe-0.5b": 0.1837,
+    "moe-0.8b": 0.2812,
+    "moe-1b": 0.3550,
+    "moe-2b": 0.6209,
+}
+# Totals with --moa-align 64, as the recipes state them.
+ALIGNED = {
+    "dense-0.25b": 254_829_568,
+    "dense-0.5b": 485_669_120,
+    "moe-0.25b": 259_408_000,
+    "moe-1b": 1_085_694_976,
+    "moe-2b": 2_078_309_120,
+}
+
+
+def gates(recipe: str) -> int:
+    """14 d a layer for the bi-sided default of dense recipes, 10 d for quadratic MoE."""
+    from moa_megatron import recipes
+
+    values = recipes.load(recipe)
+    return int(values["num_layers"] * values["hidden_size"] * (10 if "moe" in recipe else 14))
 
 
 def prepared(recipe: str, *words: str) -> Any:
@@ -58,26 +89,54 @@ def assert_counts(run: Any) -> Any:
     return expected
 
 
+def check_every_recipe_is_here() -> None:
+    from moa_megatron import recipes
+
+    ours = {"tiny-dense", "tiny-moe", "dense-0.12b-d5"}
+    assert set(recipes.available()) == set(PAPER) | ours
+
+
 def check_paper_totals_are_exact() -> None:
     for recipe, total in PAPER.items():
-        for model in ("hybrid", "gpt"):
-            fixed = assert_counts(prepared(recipe, "--moa-mixing", "fixed", "--moa-model", model))
-            assert (fixed.total, fixed.gates) == (total, 0), recipe
-            moa = assert_counts(prepared(recipe, "--moa-model", model))
-            assert (moa.total, moa.gates) == (total + GATES[recipe], GATES[recipe]), recipe
+        fixed = assert_counts(prepared(recipe, "--moa-mixing", "fixed"))
+        assert (fixed.total, fixed.gates) == (total, 0), recipe
+        if recipe in ACTIVE:
+            assert round(fixed.active / 1e9, 4) == ACTIVE[recipe], recipe
+        moa = assert_counts(prepared(recipe))
+        assert (moa.total, moa.gates) == (total + gates(recipe), gates(recipe)), recipe
+
+
+def check_gpt_has_the_same_totals() -> None:
+    for recipe in ("dense-0.25b", "moe-2b"):
+        moa = assert_counts(prepared(recipe, "--moa-model", "gpt"))
+        assert moa.total == PAPER[recipe] + gates(recipe), recipe
 
 
 def check_aligned_widths() -> None:
-    for recipe, total in ALIGNED.items():
+    for recipe, exact in PAPER.items():
         run = prepared(recipe, "--moa-align", "64")
-        widths = (run.args.ffn_hidden_size, run.args.moe_ffn_hidden_size)
-        assert widths == (3456, 896 if recipe == "moe-2b" else None)
-        assert assert_counts(run).total - GATES[recipe] == total
+        total = assert_counts(run).total - gates(recipe)
+        assert total == ALIGNED.get(recipe, exact), recipe
+        widths = [run.args.ffn_hidden_size, run.args.moe_ffn_hidden_size or 64]
+        assert not any(width % 64 for width in widths), recipe
 
 
-def check_active_parameters_of_moe_2b() -> None:
-    fixed = assert_counts(prepared("moe-2b", "--moa-mixing", "fixed"))
-    assert round(fixed.active / 1e9, 4) == 0.6209
+def check_recipes_state_their_counts() -> None:
+    from moa_megatron import recipes
+
+    for recipe, total in PAPER.items():
+        words = (recipes.RECIPES / f"{recipe}.yaml").read_text()
+        if recipe != "dense-0.12b-long":
+            assert f"{total:,}" in words, recipe
+        assert f"{ALIGNED.get(recipe, 0):,}" in words or recipe not in ALIGNED, recipe
+        assert f"{ACTIVE.get(recipe, 0):.4f} B active" in words or recipe not in ACTIVE, recipe
+
+
+def check_the_control_is_5_units_wider() -> None:
+    control = assert_counts(prepared("dense-0.12b-d5"))
+    bi = PAPER["dense-0.12b"] + gates("dense-0.12b")
+    assert (control.total, control.gates) == (119_813_376, 0)
+    assert control.total - bi == 6 * (15 - 14) * 768
 
 
 def check_every_kind_of_ffn() -> None:

@@ -272,7 +272,8 @@ def check_flags_say_where_statistics_cannot_be() -> None:
 
     def parsed(*words: str) -> Any:
         line = ["tiny-moe", "--run-dir", "unused", *words]
-        return arguments.parse(recipes.parse_command_line(line), host.HOST_ARGS)
+        found = arguments.parse(recipes.parse_command_line(line), host.HOST_ARGS)
+        return found.args, found.moa
 
     args, settings = parsed()
     assert args.moa_log_interval == derive.LOG_INTERVAL and not flags.problems(args, settings)

@@ -1,0 +1,97 @@
+"""How long a run trains: a budget in tokens, and a schedule that keeps its proportions.
+
+A recipe states the paper's number of steps. Another number, by ``--tokens`` or ``--train-iters``,
+scales warm-up and decay with it, so that a shortened run is the same schedule in miniature.
+Importing this module stays cheap (no torch): launchers use it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from moa_megatron.recipes import RefusedError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_SCALED = ("lr_warmup_iters", "lr_decay_iters", "lr_wsd_decay_iters")
+_OTHER_LENGTHS = ("train_samples", "rampup_batch_size", "step_batch_size_schedule")
+
+
+def tokens(text: str, parameters: int | None) -> int:
+    """Tokens of a budget: ``2.6B``, ``300M``, or ``20x`` for 20 tokens per parameter.
+
+    Args:
+        text: the value of ``--tokens``.
+        parameters: total parameters of the model without gates, so that the baseline and every
+            mixture get the same budget; None where they are not known.
+
+    Raises:
+        RefusedError: malformed, not positive, or ``x`` without a known number of parameters.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBTx]?)", str(text).strip(), re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise RefusedError(
+            f"--tokens {text}: write a number of tokens such as 2.6B or 300M, or tokens per "
+            "parameter such as 20x"
+        )
+    number, unit = float(found[1]), found[2].upper()
+    if unit != "X":
+        return round(number * _UNITS[unit])
+    if parameters is None:
+        raise RefusedError(
+            f"--tokens {text}: the vocabulary is not known, so the parameters cannot be counted; "
+            "give --vocab-size, or the tokens themselves"
+        )
+    return round(number * parameters)
+
+
+def steps(text: str, parameters: int | None, tokens_per_step: int) -> int:
+    """Steps that see at least the budget of ``--tokens``; see ``tokens``."""
+    return math.ceil(tokens(text, parameters) / tokens_per_step)
+
+
+def scaled(recipe: Mapping[str, Any], train_iters: int, given: Collection[str]) -> dict[str, int]:
+    """Warm-up and decay for another number of steps, in the recipe's proportions.
+
+    Args:
+        recipe: its values, with ``train_iters``.
+        train_iters: steps of this run.
+        given: destinations that the user has set; they stay as they are.
+    """
+    stated = recipe.get("train_iters")
+    if not stated or train_iters == stated:
+        return {}
+    return {
+        name: max(1, round(recipe[name] * train_iters / stated)) if recipe[name] else 0
+        for name in _SCALED
+        if recipe.get(name) is not None and name not in given
+    }
+
+
+def apply(
+    args: argparse.Namespace, recipe: Mapping[str, Any], given: Collection[str], total: int | None
+) -> None:
+    """Sets ``train_iters`` and what follows from it in ``args``.
+
+    Args:
+        args: changed in place.
+        recipe: the recipe's values.
+        given: destinations that the user has set.
+        total: parameters without gates; None where they are not known.
+
+    Raises:
+        RefusedError: a malformed budget, or one beside another length of the run.
+    """
+    if args.tokens is not None:
+        rivals = [name for name in _OTHER_LENGTHS if getattr(args, name, None) is not None]
+        rivals += ["train_iters"] if "train_iters" in given else []
+        if rivals:
+            flags = ", ".join("--" + name.replace("_", "-") for name in rivals)
+            raise RefusedError(f"--tokens {args.tokens} with {flags}: give one of them")
+        args.train_iters = steps(args.tokens, total, args.global_batch_size * args.seq_length)
+    if args.train_iters is not None:
+        for name, value in scaled(recipe, args.train_iters, given).items():
+            setattr(args, name, value)
