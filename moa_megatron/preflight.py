@@ -43,14 +43,7 @@ def data_problems(args: argparse.Namespace) -> list[str]:
     except (OSError, ValueError, AttributeError) as error:
         return [f"the file that lists the data cannot be read: {error}"]
     if not prefixes:
-        return [
-            "no data: give --data-path PREFIX (or --train-data-path and --valid-data-path) with "
-            "--tokenizer-type HuggingFaceTokenizer --tokenizer-model DIR, made by "
-            "tools/prepare_data.py, for example from FineWeb-Edu or SlimPajama: "
-            ".venv/bin/python tools/prepare_data.py shard-*.jsonl --output data/web "
-            "--train-tokenizer 50304 --split-valid 0.01; or --mock-data for random tokens, or "
-            "--moa-corpus stdlib"
-        ]
+        return [_no_data(args)]
     problems = tokenizer_problems(args)
     for prefix in prefixes:
         try:
@@ -58,6 +51,44 @@ def data_problems(args: argparse.Namespace) -> list[str]:
         except ValueError as error:
             problems.append(str(error))
     return problems
+
+
+def _no_data(args: argparse.Namespace) -> str:
+    """What to do without data: two public corpora, each with the commands that prepare it."""
+    tokens = (args.train_iters or 0) * (args.global_batch_size or 0) * args.seq_length
+    need = f" It trains on {tokens / 1e9:.3g} B tokens." if tokens else ""
+    # C4's English part has about 156 B tokens in 1,024 files.
+    files = -(-tokens // 150_000_000)
+    zeros = "0000" if files <= 10 else "000" if files <= 100 else "00" if files <= 1000 else ""
+    corpora = (
+        ("C4", "allenai/c4", f"en/c4-train.{zeros}*", "en/*.json.gz"),
+        (
+            "DCLM-baseline",
+            "mlfoundations/dclm-baseline-1.0",
+            "global-shard_01_of_10/local-shard_0_of_10/*",
+            "global-shard_01_of_10/local-shard_0_of_10/*.jsonl.zst",
+        ),
+    )
+    lines = [
+        f"no data: {args.moa_recipe} comes without a corpus and a tokenizer, they are your choice."
+        f"{need} Prepare one of these, or your own .jsonl files, and add the flags that "
+        "prepare_data.py prints at its end:"
+    ]
+    for title, name, include, found in corpora:
+        folder = f"data/{name.partition('/')[2]}"
+        lines += [
+            f"  {title}:",
+            f"    .venv/bin/hf download {name} --repo-type dataset --include '{include}' "
+            f"--local-dir {folder}",
+            f"    .venv/bin/python tools/prepare_data.py {folder}/{found} "
+            f"--output {folder}/tokens --train-tokenizer {args.vocab_size or 50304} "
+            "--split-valid 0.001",
+        ]
+    lines.append(
+        "or try the recipe with --mock-data (random tokens) or --moa-corpus stdlib (small, real "
+        "text)"
+    )
+    return "\n".join(lines)
 
 
 def tokenizer_problems(args: argparse.Namespace) -> list[str]:

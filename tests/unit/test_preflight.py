@@ -192,7 +192,7 @@ def check_data_problems() -> None:
         prepare(
             "--data-path", "/nowhere/x", "--vocab-size", "64", "--tokenizer-type", "NullTokenizer"
         )
-    with refused("no data: give --data-path", "tools/prepare_data.py", "FineWeb-Edu"):
+    with refused("no data: ", "tools/prepare_data.py", "allenai/c4", "dclm-baseline"):
         prepare("--moa-corpus", "none")
     with refused("cannot be read"):
         prepare("--data-args-path", "/nowhere/list.txt")
