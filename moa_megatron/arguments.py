@@ -72,6 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "decay keep the recipe's proportions (default: the recipe's train_iters)",
     )
     group.add_argument(
+        "--accept-data-change",
+        action="store_true",
+        help="continue from a checkpoint although data, blend, split, sequence length, seed or "
+        "tokenizer are not those it was trained on",
+    )
+    group.add_argument(
         "--moa-min-lr-fraction",
         type=float,
         metavar="F",

@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from moa_megatron import runstate
+from moa_megatron import identity, runstate
 from moa_megatron.config import MoAConfig, moa_config_from_args
 from moa_megatron.recipes import RefusedError
 
@@ -130,18 +130,23 @@ def read_args(args: argparse.Namespace, apply: bool = False) -> Any | None:
 
 
 def problems(args: argparse.Namespace) -> list[str]:
-    """A checkpoint of another architecture, field by field; after Megatron's validation."""
+    """A checkpoint of another architecture or of other data, field by field.
+
+    After Megatron's validation, with the run's identity of data in place.
+    """
     if args.load is None:
         return []
     saved = read_args(args)
     if saved is None:
         return [f"--load {args.load} holds no checkpoint that can be read"]
+    of_data = identity.problems(args, saved)
     found = differences(args, saved)
     if not found:
-        return []
+        return of_data
     return [
         f"the checkpoint in {args.load} is another model: " + "; ".join(found) + ". Load it with "
-        "the settings it was trained with (--use-checkpoint-args), or choose another --run-dir"
+        "the settings it was trained with (--use-checkpoint-args), or choose another --run-dir",
+        *of_data,
     ]
 
 

@@ -28,6 +28,7 @@ from moa_megatron import (
     corpus,
     costs,
     host,
+    identity,
     layer_statistics,
     models,
     preflight,
@@ -205,6 +206,7 @@ def prepare(command: CommandLine, extra_flags: list[str]) -> Run:
         raise RefusedError(f"Megatron refuses these arguments: {_reason(error)}") from error
     except SystemExit as error:
         raise RefusedError("Megatron refuses these arguments; its reason stands above") from error
+    setattr(args, identity.NAME, identity.describe(args))
     _choose_backend(args, moa)
     # Only now are both sides complete: a checkpoint holds what validation has filled in.
     _refuse(checkpoints.problems(args))

@@ -105,6 +105,14 @@ def test_checkpoint_of_another_architecture(finished: Outcome, tmp_path: Path) -
     assert "Traceback" not in refused.output
 
 
+def test_other_data_is_refused_unless_accepted(finished: Outcome, tmp_path: Path) -> None:
+    load = [*SMALL_MOE, "--load", str(finished.folder / "checkpoints"), "--seed", "7", "--dry-run"]
+    refused = pretrain(tmp_path / "other", "tiny-moe", *load)
+    assert refused.code == 78 and "seed: checkpoint 1234, this run 7" in refused.output
+    accepted = pretrain(tmp_path / "other", "tiny-moe", *load, "--accept-data-change")
+    assert accepted.code == 0 and "as accepted: seed: checkpoint 1234" in accepted.output
+
+
 def test_settings_come_back_from_the_checkpoint(finished: Outcome, tmp_path: Path) -> None:
     load = ["--load", str(finished.folder / "checkpoints"), "--use-checkpoint-args", "--mock-data"]
     again = pretrain(tmp_path / "again", "tiny-dense", *load, "--dry-run")

@@ -1,0 +1,187 @@
+"""What fixes the order of training samples, kept in every checkpoint and compared on resume.
+
+Megatron continues the data of a run from one number, the samples it has consumed. That is the same
+place only while everything else that decides the order of samples stays as it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moa_megatron.token_files import pair
+
+logger = logging.getLogger(__name__)
+
+NAME = "moa_data_identity"
+_BLOCK, _BLOCKS = 1 << 14, 16
+# GPTDataset gives the last pass over the data a shuffle of its own if less of it is used.
+_SEPARATE_BELOW = 0.80
+
+Identity = dict[str, Any]
+
+
+def describe(args: argparse.Namespace) -> Identity:
+    """The identity of a run's data, of plain values.
+
+    Args:
+        args: Megatron's namespace after validation.
+
+    Raises:
+        OSError: a data file cannot be read.
+    """
+    identity: Identity = {
+        "sequence length": args.seq_length,
+        "seed": args.seed,
+        "tokenizer": _tokenizer(args),
+    }
+    if args.mock_data:
+        return {**identity, "training data": "random tokens"}
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    common, per_split = get_blend_and_blend_per_split(args)
+    train, valid = (common, None) if per_split is None else per_split[:2]
+    identity["training data"] = _blend(train)
+    if valid is not None:
+        identity["validation data"] = _blend(valid)
+    if common is not None:
+        identity["split"] = args.split
+    identity["passes over the training data"] = list(_passes(args, train, common is not None))
+    return identity
+
+
+def differences(saved: Identity, identity: Identity) -> list[str]:
+    """What differs between a checkpoint's identity and a run's, in the checkpoint's words first."""
+    return [
+        f"{key}: checkpoint {_short(saved.get(key))}, this run {_short(identity.get(key))}"
+        for key in dict.fromkeys([*saved, *identity])
+        if saved.get(key) != identity.get(key)
+    ]
+
+
+def problems(args: argparse.Namespace, saved: Any) -> list[str]:
+    """The refusal of a resume on other data, or nothing.
+
+    Args:
+        args: the run's namespace, with its identity.
+        saved: the checkpoint's namespace; one of plain Megatron says nothing about its data.
+    """
+    before = getattr(saved, NAME, None)
+    if before is None or args.finetune:
+        return []
+    found = differences(before, getattr(args, NAME))
+    if found and args.accept_data_change:
+        logger.warning("other data than the checkpoint's, as accepted: %s", "; ".join(found))
+    if not found or args.accept_data_change:
+        return []
+    return [
+        f"the checkpoint in {args.load} was trained on other data: " + "; ".join(found) + ". Some "
+        "samples would come twice and others never; restore the settings, start a new run from "
+        "these weights (--finetune with another --run-dir), or continue with --accept-data-change"
+    ]
+
+
+def digest(prefix: Path) -> str:
+    """12 hexadecimal digits for a pair's content: sizes, and 16 blocks of 16 KiB of each file.
+
+    Not the path: data that has moved is the same data. An edit between the blocks goes unseen.
+    """
+    whole = hashlib.sha256()
+    for path in pair(prefix):
+        size = path.stat().st_size
+        whole.update(f"{size} ".encode())
+        with path.open("rb") as stream:
+            for index in range(_BLOCKS):
+                stream.seek(max(0, size - _BLOCK) * index // (_BLOCKS - 1))
+                whole.update(stream.read(_BLOCK))
+    return whole.hexdigest()[:12]
+
+
+def _tokenizer(args: argparse.Namespace) -> str:
+    """Type and content; a folder stands for its ``tokenizer.json``."""
+    kind, model = args.tokenizer_type, args.tokenizer_model
+    if model is None:
+        return f"{kind}, vocabulary {args.vocab_size}"
+    path = Path(model)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    content = hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.is_file() else model
+    return f"{kind} {content}"
+
+
+def _blend(blend: tuple[list[str], list[float] | None] | None) -> list[str]:
+    if blend is None:
+        return []
+    prefixes, weights = blend
+    shares: list[str] = [""] * len(prefixes)
+    if weights is not None and len(prefixes) > 1:
+        shares = [f"{weight / sum(weights):.6g} of " for weight in weights]
+    return [share + digest(Path(prefix)) for share, prefix in zip(shares, prefixes, strict=True)]
+
+
+def _passes(
+    args: argparse.Namespace, blend: tuple[list[str], list[float] | None] | None, split: bool
+) -> Iterator[str]:
+    """How often each data set is passed over, which decides how Megatron shuffles it.
+
+    A longer run reads the same beginning only while this stays the same: all passes are shuffled
+    as one (``GPTDataset._build_document_sample_shuffle_indices``).
+    """
+    prefixes, weights = blend or ([], None)
+    total = args.train_samples or args.train_iters * args.global_batch_size
+    for index, prefix in enumerate(prefixes):
+        samples: int | None = total
+        if len(prefixes) > 1:
+            samples = None
+            if weights is not None:
+                share = math.ceil(total * weights[index] / sum(weights))
+                samples = math.ceil(share * (1 + args.mid_level_dataset_surplus))
+        tokens = _training_tokens(Path(prefix), args.split if split else None)
+        yield passes(tokens, samples, args.seq_length)
+
+
+def passes(tokens: int, samples: int | None, length: int) -> str:
+    """Passes over a data set, in the words of the identity.
+
+    Args:
+        tokens: of the data set.
+        samples: asked of it; None for all, once.
+        length: tokens of a sample; one more is read for the last label.
+    """
+    if samples is None or tokens < 2:
+        return "1"
+    epochs = max(1, -(-(samples * length + 1) // tokens))
+    if epochs == 1:
+        return "1"
+    left = samples - ((epochs - 1) * tokens - 1) // length
+    separate = left < int(_SEPARATE_BELOW * ((tokens - 1) // length))
+    return f"{epochs}, the last apart" if separate else str(epochs)
+
+
+def _training_tokens(prefix: Path, split: str | None) -> int:
+    from megatron.core.datasets.blended_megatron_dataset_config import (
+        convert_split_vector_to_split_matrix,
+        parse_and_normalize_split,
+    )
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(str(prefix))  # its end unmaps what it has handed out
+    lengths = dataset.sequence_lengths
+    if split is not None:
+        bounds = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))[0]
+        first, last = (round(bound * float(len(lengths))) for bound in bounds or (0.0, 0.0))
+        lengths = lengths[first:last]
+    return int(lengths.sum(dtype="int64"))
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, list):
+        words = ", ".join(map(str, value[:4]))
+        return f"[{words}{f', and {len(value) - 4} more' if len(value) > 4 else ''}]"
+    return str(value)
