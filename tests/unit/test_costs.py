@@ -1,5 +1,6 @@
 """Parameter formulas against models that Megatron builds, and the paper's exact totals."""
 
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -124,7 +125,11 @@ def check_aligned_widths() -> None:
 def check_recipes_state_their_counts() -> None:
     from moa_megatron import recipes
 
+    page = (recipes.RECIPES.parents[1] / "docs" / "recipes.md").read_text()
+    rows = {line.split(" | ")[0].strip("| "): line for line in page.splitlines() if line[:1] == "|"}
     for recipe, total in PAPER.items():
+        aligned = f"{ALIGNED[recipe]:,}" if recipe in ALIGNED else "the same"
+        assert f"| {total:,} |" in rows[recipe] and rows[recipe].endswith(f"| {aligned} |"), recipe
         words = (recipes.RECIPES / f"{recipe}.yaml").read_text()
         if recipe != "dense-0.12b-long":
             assert f"{total:,}" in words, recipe
@@ -137,6 +142,9 @@ def check_the_control_is_5_units_wider() -> None:
     bi = PAPER["dense-0.12b"] + gates("dense-0.12b")
     assert (control.total, control.gates) == (119_813_376, 0)
     assert control.total - bi == 6 * (15 - 14) * 768
+    aligned = assert_counts(prepared("dense-0.12b-d5", "--moa-align", "64"))
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    assert f"{control.total:,}" in page and f"{aligned.total:,}" in page
 
 
 def check_every_kind_of_ffn() -> None:
