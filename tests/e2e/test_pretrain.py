@@ -62,6 +62,7 @@ def test_stop_and_resume_equals_the_run_that_never_stopped(
     assert resumed.status["validation_loss"] == finished.status["validation_loss"]
 
 
+@pytest.mark.slow
 def test_repeating_the_command_does_not_start_again(finished: Outcome, tmp_path: Path) -> None:
     words = ["tiny-moe", *SMALL_MOE, "--load", str(finished.folder / "checkpoints"), "--finetune"]
     folder = tmp_path / "tuned"
@@ -71,6 +72,7 @@ def test_repeating_the_command_does_not_start_again(finished: Outcome, tmp_path:
     assert "--finetune, --load only starts a run" in again.output
 
 
+@pytest.mark.slow
 def test_termination_saves_and_asks_for_a_retry(tmp_path: Path) -> None:
     words = ["tiny-moe", *SMALL_MOE, "--train-iters", "2000", "--expert-model-parallel-size", "2"]
     stopped = local(tmp_path / "run", *words, stop_after="iteration        2/", NPROC="2")
@@ -78,6 +80,7 @@ def test_termination_saves_and_asks_for_a_retry(tmp_path: Path) -> None:
     assert Path(stopped.status["checkpoint"]).name == f"iter_{stopped.status['step']:07d}"
 
 
+@pytest.mark.slow
 def test_a_failing_rank_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     words = ["tiny-moe", *SMALL_MOE, "--train-iters", "4", "--expert-model-parallel-size", "2"]
@@ -105,6 +108,7 @@ def test_checkpoint_of_another_architecture(finished: Outcome, tmp_path: Path) -
     assert "Traceback" not in refused.output
 
 
+@pytest.mark.slow
 def test_other_data_is_refused_unless_accepted(finished: Outcome, tmp_path: Path) -> None:
     load = [*SMALL_MOE, "--load", str(finished.folder / "checkpoints"), "--seed", "7", "--dry-run"]
     refused = pretrain(tmp_path / "other", "tiny-moe", *load)
@@ -123,6 +127,7 @@ def test_settings_come_back_from_the_checkpoint(finished: Outcome, tmp_path: Pat
     assert "moa_variant: checkpoint 'bi', command line 'one'" in clash.output
 
 
+@pytest.mark.slow
 def test_two_processes_through_the_launcher(tmp_path: Path) -> None:
     words = ["tiny-moe", *SMALL_MOE, "--train-iters", "2", "--expert-model-parallel-size", "2"]
     done = local(tmp_path / "two", *words, NPROC="2")

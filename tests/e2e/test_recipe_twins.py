@@ -17,6 +17,7 @@ SHRUNKEN = [
     *("--ffn-hidden-size", str(8 * 64 // 3)),
 ]
 EXPERTS = [
+    *("--num-experts", "8"),
     *("--moe-ffn-hidden-size", str(2 * 64 // 3)),
     *("--moe-shared-expert-intermediate-size", str(8 * 64 // 3)),
 ]
