@@ -175,16 +175,19 @@ def check_muon_leaves_gates_to_adamw() -> None:
     from megatron.core.optimizer.emerging_optimizers import _EMERGING_OPTIMIZERS
     from megatron.core.optimizer.layer_wise_optimizer import is_managed_by_layer_wise_optimizer
 
-    model = built(prepared("moe-2b"))
     (override,) = _EMERGING_OPTIMIZERS["muon"].default_param_overrides.items()
     key, settings = override
     assert settings == {"optimizer": "adam"}
-    for name, parameter in model.named_parameters():
-        on_adam = key.predicate.fn(parameter)
-        expected = "moa_gate" in name or parameter.dim() != 2 or "embedding" in name
-        assert on_adam == (expected or "output_layer" in name), name
-        if parameter.dim() == 2:
-            assert is_managed_by_layer_wise_optimizer(parameter) == (not on_adam), name
+    for recipe in ACTIVE:
+        for name, parameter in built(prepared(recipe)).named_parameters():
+            on_adam = key.predicate.fn(parameter)
+            outside = ("moa_gate", "embedding", "output_layer", "norm")
+            assert on_adam == any(part in name for part in outside), (recipe, name)
+            assert on_adam or name.endswith(
+                ("fc1.weight", "fc2.weight", "proj.weight", "qkv.weight", "router.weight")
+            ), (recipe, name)
+            if parameter.dim() == 2:
+                assert is_managed_by_layer_wise_optimizer(parameter) == (not on_adam), name
 
 
 CHECKS = [name for name in globals() if name.startswith("check_")]
