@@ -3,7 +3,8 @@
 PY = .venv/bin/python
 PYTEST = PYTHONPATH=. CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -q
 
-.PHONY: setup test check unit parallel kernels interpreted e2e te cluster slow gpu compare bench image image-test
+.PHONY: setup test check unit parallel kernels interpreted e2e te cluster slow slow-parallel slow-runs gpu compare
+.PHONY: bench image image-test
 
 setup:
 	@./launch/setup.sh
@@ -38,8 +39,13 @@ te: setup  ## Transformer Engine's classes without a GPU; skips where its overla
 cluster: setup  ## submitted to a real Slurm of two nodes on this host; skips without its daemons
 	$(PYTEST) tests/launch -m "not slow and not gpu"
 
-slow: interpreted  ## what make test leaves out: interpreted kernels, golden losses, launcher from scratch
-	$(PYTEST) tests --ignore=tests/image -m "slow and not gpu"
+slow: interpreted slow-parallel slow-runs  ## what make test leaves out; each may be run beside the others
+
+slow-parallel: setup
+	$(PYTEST) tests/parallel -m "slow and not gpu"
+
+slow-runs: setup  ## signals, twins of the recipes, golden losses, the launcher from scratch
+	$(PYTEST) tests --ignore=tests/image --ignore=tests/parallel -m "slow and not gpu"
 
 gpu: setup  ## on a GPU: kernels against the reference, then op and layer timed
 	./tools/gpu_check.sh
