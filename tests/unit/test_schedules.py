@@ -1,6 +1,8 @@
 """The schedule and the optimiser of every recipe, as Megatron's own scheduler computes them."""
 
 import math
+import shlex
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -119,6 +121,15 @@ def check_budgets_scale_the_schedule() -> None:
     assert math.isclose(top, 6e-4) and math.isclose(at_80, 6e-4)
     short = prepared("moe-2b", "--train-iters", "20").args
     assert (short.lr_warmup_iters, short.lr_wsd_decay_iters) == (1, 4)
+
+
+def check_commands_of_the_page() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    lines = page.split("```bash\n")[1].split("```")[0].splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines]
+    assert [command[0] for command in commands] == ["./launch/local.sh"] * 2
+    lengths = [prepared(*command[1:]).args.train_iters for command in commands]
+    assert lengths == [math.ceil(20 * 119_744_256 / 524_288), math.ceil(10e9 / 524_288)]
 
 
 CHECKS = [name for name in globals() if name.startswith("check_")]
