@@ -125,8 +125,8 @@ def parse(command: CommandLine, extra_flags: list[str]) -> Parsed:
     Raises:
         RefusedError: for unknown keys and flags, bad values and contradictions.
     """
-    recipe = recipes.load(command.recipe) if command.recipe else {}
-    recipe = recipes.of_variant(recipe, command.settings, command.flags)
+    stated = recipes.load(command.recipe) if command.recipe else {}
+    recipe = recipes.of_variant(stated, command.settings, command.flags)
     args, given = _parse(command, recipe, extra_flags)
     args.moa_recipe = command.recipe
     for name, (others, off) in _ALTERNATIVES.items():
@@ -135,6 +135,13 @@ def parse(command: CommandLine, extra_flags: list[str]) -> Parsed:
     checkpoints.continue_run(args, given, command.run_dir)
     if args.use_checkpoint_args:
         checkpoints.restore(args, given)
+        variant = {"moa_mixing": args.moa_mixing, "moa_variant": args.moa_variant}
+        restored = recipes.of_variant(stated, {**command.settings, **variant}, [])
+        # What the recipe has for the checkpoint's variant comes along.
+        fresh, _ = _parse(command, restored, extra_flags)
+        for name in {key for key in restored if restored[key] != recipe.get(key)} - given:
+            setattr(args, name, getattr(fresh, name))
+        recipe = restored
     for name, known in _CHOICES.items():
         value = getattr(args, name)
         if value not in known:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from moa_megatron.recipes import RefusedError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _SCALED = ("lr_warmup_iters", "lr_decay_iters", "lr_wsd_decay_iters")
+_OTHER_WARM_UPS = ("lr_warmup_fraction", "lr_warmup_samples")
 _OTHER_LENGTHS = ("train_samples", "rampup_batch_size", "step_batch_size_schedule")
 
 
@@ -26,7 +27,7 @@ def tokens(text: str, parameters: int | None) -> int:
     Args:
         text: the value of ``--tokens``.
         parameters: total parameters of the model without gates, so that the baseline and every
-            mixture get the same budget; None where they are not known.
+            gated mixture of a recipe get the same budget; None where they are not known.
 
     Raises:
         RefusedError: malformed, not positive, or ``x`` without a known number of parameters.
@@ -42,8 +43,8 @@ def tokens(text: str, parameters: int | None) -> int:
         return round(number * _UNITS[unit])
     if parameters is None:
         raise RefusedError(
-            f"--tokens {text}: the vocabulary is not known, so the parameters cannot be counted; "
-            "give --vocab-size, or the tokens themselves"
+            f"--tokens {text}: the parameters cannot be counted before vocabulary, width and heads "
+            "are known; give --vocab-size, --hidden-size and --num-attention-heads, or the tokens"
         )
     return round(number * parameters)
 
@@ -59,20 +60,29 @@ def scaled(recipe: Mapping[str, Any], train_iters: int, given: Collection[str]) 
     Args:
         recipe: its values, with ``train_iters``.
         train_iters: steps of this run.
-        given: destinations that the user has set; they stay as they are.
+        given: destinations that the user has set; they, and what they replace, stay as they are.
     """
     stated = recipe.get("train_iters")
     if not stated or train_iters == stated:
         return {}
-    return {
-        name: max(1, round(recipe[name] * train_iters / stated)) if recipe[name] else 0
+    kept = set(given)
+    if kept.intersection(_OTHER_WARM_UPS):
+        kept.add("lr_warmup_iters")
+    found = {
+        name: max(1, round(recipe[name] * train_iters / stated))
         for name in _SCALED
-        if recipe.get(name) is not None and name not in given
+        if recipe.get(name) and name not in kept
     }
+    if "lr_warmup_iters" in found:
+        found["lr_warmup_iters"] = min(found["lr_warmup_iters"], max(0, train_iters - 1))
+    return found
 
 
 def apply(
-    args: argparse.Namespace, recipe: Mapping[str, Any], given: Collection[str], total: int | None
+    args: argparse.Namespace,
+    recipe: Mapping[str, Any],
+    given: Collection[str],
+    count: Callable[[], int | None],
 ) -> None:
     """Sets ``train_iters`` and what follows from it in ``args``.
 
@@ -80,17 +90,24 @@ def apply(
         args: changed in place.
         recipe: the recipe's values.
         given: destinations that the user has set.
-        total: parameters without gates; None where they are not known.
+        count: total parameters without gates; None where they are not known.
 
     Raises:
         RefusedError: a malformed budget, or one beside another length of the run.
     """
     if args.tokens is not None:
-        rivals = [name for name in _OTHER_LENGTHS if getattr(args, name, None) is not None]
-        rivals += ["train_iters"] if "train_iters" in given else []
-        if rivals:
-            flags = ", ".join("--" + name.replace("_", "-") for name in rivals)
+        others = [name for name in _OTHER_LENGTHS if getattr(args, name, None) is not None]
+        others += ["train_iters"] if "train_iters" in given else []
+        if others:
+            flags = ", ".join("--" + name.replace("_", "-") for name in others)
             raise RefusedError(f"--tokens {args.tokens} with {flags}: give one of them")
+        if not args.global_batch_size or not args.seq_length:
+            raise RefusedError(
+                f"--tokens {args.tokens} needs --global-batch-size ({args.global_batch_size}) and "
+                f"--seq-length ({args.seq_length}) to count steps: give both"
+            )
+        per_parameter = str(args.tokens).strip().lower().endswith("x")
+        total = count() if per_parameter else None
         args.train_iters = steps(args.tokens, total, args.global_batch_size * args.seq_length)
     if args.train_iters is not None:
         for name, value in scaled(recipe, args.train_iters, given).items():

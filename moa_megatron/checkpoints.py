@@ -130,7 +130,7 @@ def read_args(args: argparse.Namespace, apply: bool = False) -> Any | None:
 
 
 def problems(args: argparse.Namespace) -> list[str]:
-    """A checkpoint of another architecture or of other data, field by field.
+    """A checkpoint of another architecture, of other data, or of another optimiser's path.
 
     After Megatron's validation, with the run's identity of data in place.
     """
@@ -139,14 +139,14 @@ def problems(args: argparse.Namespace) -> list[str]:
     saved = read_args(args)
     if saved is None:
         return [f"--load {args.load} holds no checkpoint that can be read"]
-    of_data = identity.problems(args, saved)
+    others = identity.problems(args, saved) + optimizer_problems(args, saved)
     found = differences(args, saved)
     if not found:
-        return of_data
+        return others
     return [
         f"the checkpoint in {args.load} is another model: " + "; ".join(found) + ". Load it with "
         "the settings it was trained with (--use-checkpoint-args), or choose another --run-dir",
-        *of_data,
+        *others,
     ]
 
 
@@ -173,6 +173,70 @@ def differences(args: argparse.Namespace, saved: Any) -> list[str]:
         for name, old, new in pairs
         if _plain(old) != _plain(new)
     ]
+
+
+def optimizer_problems(args: argparse.Namespace, saved: Any) -> list[str]:
+    """Where the state of the optimiser or the schedule could not be continued, or not as it was.
+
+    Megatron would stop at the first two kinds after the model is built, in its optimiser's
+    ``_filter_and_reorder_param_groups`` and in ``OptimizerParamScheduler.load_state_dict``.
+    """
+    if args.finetune or args.no_load_optim or args.skip_train or not hasattr(saved, "lr"):
+        return []
+    problems = []
+    rates = _differing(("lr", "min_lr"), vars(saved), vars(args))
+    if rates:
+        problems.append(
+            f"the optimiser's state in {args.load} belongs to other learning rates: {rates}. Give "
+            "the checkpoint's, or start a new run from its weights: --finetune with another "
+            "--run-dir"
+        )
+    old, new = _schedule(saved), _schedule(args)
+    shapes = _differing(tuple(new), old, new)
+    told = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
+    if shapes and not told:
+        problems.append(
+            f"the schedule differs from the checkpoint's in {args.load}: {shapes}. Add "
+            "--override-opt-param-scheduler to go on with this run's, or "
+            "--use-checkpoint-opt-param-scheduler to keep the checkpoint's"
+        )
+    if args.optimizer == saved.optimizer == "muon":
+        before = {"moa_muon_split_fc1": False, **vars(saved)}
+        muon = _differing(("muon_split_qkv", "moa_muon_split_fc1"), before, vars(args))
+        if muon:
+            problems.append(
+                f"Muon would take other matrices than in {args.load}: {muon}. Keep what the "
+                "checkpoint was trained with, by --set NAME=VALUE for each, or start a new run "
+                "from its weights: --finetune with another --run-dir"
+            )
+    return problems
+
+
+def _schedule(args: Any) -> dict[str, Any]:
+    """What Megatron's scheduler compares, in samples (``get_optimizer_param_scheduler``)."""
+    size = args.global_batch_size
+    if args.train_samples:
+        decay, warmup = args.lr_decay_samples or args.train_samples, args.lr_warmup_samples
+    else:
+        decay = (args.lr_decay_iters or args.train_iters or 0) * size
+        warmup = args.lr_warmup_iters * size
+    if args.lr_warmup_fraction is not None:
+        warmup = args.lr_warmup_fraction * decay
+    return {
+        "samples of the whole schedule": decay,
+        "samples of warm-up": warmup,
+        "lr_decay_style": args.lr_decay_style,
+        "start_weight_decay": args.start_weight_decay,
+        "end_weight_decay": args.end_weight_decay,
+    }
+
+
+def _differing(names: tuple[str, ...], old: dict[str, Any], new: dict[str, Any]) -> str:
+    return "; ".join(
+        f"{name}: checkpoint {old.get(name)}, this run {new.get(name)}"
+        for name in names
+        if old.get(name) != new.get(name)
+    )
 
 
 def moe_norm_has_dense_name(args: argparse.Namespace) -> bool:

@@ -161,4 +161,5 @@ def min_lr(args: argparse.Namespace, given: set[str]) -> None:
         return
     if not 0 <= fraction <= 1:
         raise RefusedError(f"--moa-min-lr-fraction {fraction}: must be from 0 to 1, such as 0.05")
-    args.min_lr = fraction * args.lr
+    # Written as a person would: checkpoints tell groups of parameters apart by this very number.
+    args.min_lr = float(f"{fraction * args.lr:.12g}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from moa_megatron.token_files import pair
 logger = logging.getLogger(__name__)
 
 NAME = "moa_data_identity"
+_VALIDATION = "validation data"
 _BLOCK, _BLOCKS = 1 << 14, 16
 # GPTDataset gives the last pass over the data a shuffle of its own if less of it is used.
 _SEPARATE_BELOW = 0.80
@@ -38,19 +38,24 @@ def describe(args: argparse.Namespace) -> Identity:
     identity: Identity = {
         "sequence length": args.seq_length,
         "seed": args.seed,
+        "order": args.dataloader_type,
         "tokenizer": _tokenizer(args),
     }
+    if args.dataloader_type == "cyclic":
+        identity["data parallel size"] = args.data_parallel_size
     if args.mock_data:
         return {**identity, "training data": "random tokens"}
+    from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
     from megatron.training.utils import get_blend_and_blend_per_split
 
     common, per_split = get_blend_and_blend_per_split(args)
     train, valid = (common, None) if per_split is None else per_split[:2]
     identity["training data"] = _blend(train)
     if valid is not None:
-        identity["validation data"] = _blend(valid)
+        identity[_VALIDATION] = _blend(valid)
     if common is not None:
-        identity["split"] = args.split
+        shares = parse_and_normalize_split(args.split)
+        identity["split"] = ", ".join(f"{share:.6g}" for share in shares)
     identity["passes over the training data"] = list(_passes(args, train, common is not None))
     return identity
 
@@ -72,9 +77,13 @@ def problems(args: argparse.Namespace, saved: Any) -> list[str]:
         saved: the checkpoint's namespace; one of plain Megatron says nothing about its data.
     """
     before = getattr(saved, NAME, None)
-    if before is None or args.finetune:
+    if before is None or args.finetune or args.skip_train:
         return []
-    found = differences(before, getattr(args, NAME))
+    now = getattr(args, NAME)
+    if before.get(_VALIDATION) != now.get(_VALIDATION):
+        logger.warning("the validation data is not that of the checkpoint's run")
+        now = {**now, _VALIDATION: before.get(_VALIDATION)}
+    found = differences(before, now)
     if found and args.accept_data_change:
         logger.warning("other data than the checkpoint's, as accepted: %s", "; ".join(found))
     if not found or args.accept_data_change:
@@ -103,14 +112,20 @@ def digest(prefix: Path) -> str:
 
 
 def _tokenizer(args: argparse.Namespace) -> str:
-    """Type and content; a folder stands for its ``tokenizer.json``."""
-    kind, model = args.tokenizer_type, args.tokenizer_model
-    if model is None:
-        return f"{kind}, vocabulary {args.vocab_size}"
-    path = Path(model)
-    file = path / "tokenizer.json" if path.is_dir() else path
-    content = hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.is_file() else model
-    return f"{kind} {content}"
+    """Type and content, wherever the files lie; of a folder ``tokenizer.json``, or all files."""
+    names = (args.tokenizer_model, args.vocab_file, args.merge_file)
+    paths = [Path(name) for name in names if name is not None]
+    if not paths:
+        return f"{args.tokenizer_type}, vocabulary {args.vocab_size}"
+    files = []
+    for path in paths:
+        known = path / "tokenizer.json"
+        whole = sorted(file for file in path.glob("*") if file.is_file())
+        files += ([known] if known.is_file() else whole) if path.is_dir() else [path]
+    content = hashlib.sha256()
+    for file in files:
+        content.update(file.read_bytes() if file.is_file() else str(file).encode())
+    return f"{args.tokenizer_type} {content.hexdigest()[:12]}"
 
 
 def _blend(blend: tuple[list[str], list[float] | None] | None) -> list[str]:
@@ -131,15 +146,21 @@ def _passes(
     A longer run reads the same beginning only while this stays the same: all passes are shuffled
     as one (``GPTDataset._build_document_sample_shuffle_indices``).
     """
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        _get_size_per_split_per_dataset,
+    )
+    from megatron.core.datasets.utils import normalize
+
     prefixes, weights = blend or ([], None)
     total = args.train_samples or args.train_iters * args.global_batch_size
-    for index, prefix in enumerate(prefixes):
-        samples: int | None = total
-        if len(prefixes) > 1:
-            samples = None
-            if weights is not None:
-                share = math.ceil(total * weights[index] / sum(weights))
-                samples = math.ceil(share * (1 + args.mid_level_dataset_surplus))
+    sizes: list[int | None] = [None] * len(prefixes)
+    if len(prefixes) == 1 and (weights is None or not split):
+        sizes = [total]
+    elif weights is not None:
+        surplus = args.mid_level_dataset_surplus
+        found = _get_size_per_split_per_dataset(normalize(weights), [total], surplus=surplus)
+        sizes = [size for (size,) in found]
+    for prefix, samples in zip(prefixes, sizes, strict=True):
         tokens = _training_tokens(Path(prefix), args.split if split else None)
         yield passes(tokens, samples, args.seq_length)
 

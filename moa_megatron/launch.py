@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +147,10 @@ class Run:
             share += ", without embeddings"
         device = "host CPU, gloo" if host.active() else torch.cuda.get_device_name()
         tokens = args.global_batch_size * args.seq_length
-        length = f"{args.train_iters} steps of {tokens:,} tokens"
-        length += f", {args.train_iters * tokens / 1e9:.3g} B in all"
+        samples = args.train_samples or (args.train_iters or 0) * args.global_batch_size
+        unit = "samples" if args.train_samples else f"steps of {tokens:,} tokens"
+        length = f"{args.train_samples or args.train_iters} {unit}"
+        length += f", {samples * args.seq_length / 1e9:.3g} B tokens in all"
         sizes = (
             ("TP", args.tensor_model_parallel_size),
             ("PP", args.pipeline_model_parallel_size),
@@ -168,7 +171,7 @@ class Run:
             f"  parameters   {count.total:,}, active {count.active:,}, {share}",
             f"  layout       {args.world_size} on {device}: {layout}",
             f"  data         {self.data}",
-            f"  training     {length}; {args.optimizer}, peak lr {args.lr:g}; {start}",
+            f"  training     {length}; {args.optimizer}, peak lr {args.lr}; {start}",
             f"  run folder   {self.folder}",
             f"  watch        tensorboard --logdir {args.tensorboard_dir}",
         ]
@@ -195,7 +198,7 @@ def prepare(command: CommandLine, extra_flags: list[str]) -> Run:
         args.tensorboard_dir = str(command.run_dir / "tensorboard")
     data = _choose_data(args)
     _pad_vocabulary(args)
-    budget.apply(args, parsed.recipe, parsed.given, _parameters_without_gates(args))
+    budget.apply(args, parsed.recipe, parsed.given, partial(_parameters_without_gates, args))
     # A dry run may stand for another machine.
     has_device = command.dry_run or not host.active()
     _refuse(preflight.check(args, moa) + profiling.problems(args, has_device))
@@ -214,7 +217,9 @@ def prepare(command: CommandLine, extra_flags: list[str]) -> Run:
 
 
 def _parameters_without_gates(args: argparse.Namespace) -> int | None:
-    if args.padded_vocab_size is None:
+    """Total parameters, or None where a size that counts is not set."""
+    sizes = ("padded_vocab_size", "hidden_size", "num_attention_heads")
+    if any(getattr(args, name) is None for name in sizes):
         return None
     return costs.parameters(args, MoAConfig(mixing="fixed"), args.padded_vocab_size).total
 

@@ -16,20 +16,40 @@ from torch import nn
 _FC1 = re.compile(r"\.linear_fc1\.weight\d*$")
 
 
+# What would make the halves of fc1 other things than W1 and W2.
+_INTERLEAVED = (
+    "moe_mlp_glu_interleave_size",
+    "moe_shared_expert_glu_interleave_size",
+    "tensor_parallel_num_weight_shards",
+    "expert_tensor_parallel_num_weight_shards",
+)
+
+
 def problems(args: argparse.Namespace) -> list[str]:
-    """Where the split that was asked for could not happen."""
-    if not splits_fc1(args) or args.muon_split_qkv:
+    """Where the split that was asked for could not happen, or would cut elsewhere."""
+    if not splits_fc1(args):
         return []
-    return [
-        "--muon-no-split-qkv also turns off the mechanism by which W1 and W2 are told apart; leave "
-        "it out, or add --no-moa-muon-split-fc1"
+    cure = "leave it out, or add --no-moa-muon-split-fc1"
+    found = []
+    if not args.muon_split_qkv:
+        found.append(
+            "--muon-no-split-qkv also turns off the mechanism by which W1 and W2 are told apart; "
+            + cure
+        )
+    found += [
+        f"--{name.replace('_', '-')} {getattr(args, name)}: the halves of fc1 are not W1 and W2 "
+        f"then, which Muon takes apart; {cure}"
+        for name in _INTERLEAVED
+        if (getattr(args, name, None) or 0) > 1
     ]
+    return found
 
 
 def splits_fc1(args: argparse.Namespace) -> bool:
     """Whether this run has W1 and W2 in one matrix, and Muon takes them apart."""
     muon = args.optimizer in ("muon", "dist_muon", "adaptive_muon")
-    return bool(muon and args.swiglu and args.moa_muon_split_fc1)
+    gated = args.swiglu or args.quick_geglu
+    return bool(muon and gated and args.moa_muon_split_fc1)
 
 
 def split_fc1(chunks: list[nn.Module]) -> list[nn.Module]:

@@ -55,18 +55,22 @@ def data_problems(args: argparse.Namespace) -> list[str]:
 
 def _no_data(args: argparse.Namespace) -> str:
     """What to do without data: two public corpora, each with the commands that prepare it."""
-    tokens = (args.train_iters or 0) * (args.global_batch_size or 0) * args.seq_length
+    samples = args.train_samples or (args.train_iters or 0) * (args.global_batch_size or 0)
+    tokens = samples * (args.seq_length or 0)
     need = f" It trains on {tokens / 1e9:.3g} B tokens." if tokens else ""
     # C4's English part has about 156 B tokens in 1,024 files.
     files = -(-tokens // 150_000_000)
     zeros = "0000" if files <= 10 else "000" if files <= 100 else "00" if files <= 1000 else ""
+    # DCLM-baseline has about 4 T tokens in 10 x 10 folders.
+    folders = min(10, -(-tokens // 36_000_000_000) or 1)
+    part = f"global-shard_01_of_10/local-shard_[0-{folders - 1}]_of_10"
     corpora = (
         ("C4", "allenai/c4", f"en/c4-train.{zeros}*", "en/*.json.gz"),
         (
             "DCLM-baseline",
             "mlfoundations/dclm-baseline-1.0",
-            "global-shard_01_of_10/local-shard_0_of_10/*",
-            "global-shard_01_of_10/local-shard_0_of_10/*.jsonl.zst",
+            f"{part}/*",
+            f"{part}/*.jsonl.zst",
         ),
     )
     lines = [

@@ -139,15 +139,30 @@ def _load(name: str, children: tuple[str, ...]) -> dict[str, Any]:
         raise RefusedError(f"recipe {path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise RefusedError(f"recipe {path} must map argument names to values")
+    if "variants" in values:
+        _check_variants(path, values["variants"])
     parent = values.pop("inherits", None)
     if parent is None:
         return values
     inherited = _load(str(parent), (*children, name))
+    variants = {key: dict(changes) for key, changes in inherited.pop("variants", {}).items()}
     # What a recipe states itself holds for all its variants.
-    for changes in inherited.get("variants", {}).values():
+    for changes in variants.values():
         for key in values:
             changes.pop(key, None)
-    return {**inherited, **values}
+    for variant, changes in values.pop("variants", {}).items():
+        variants[variant] = {**variants.get(variant, {}), **changes}
+    return {**inherited, **values, **({"variants": variants} if variants else {})}
+
+
+def _check_variants(path: Path, variants: Any) -> None:
+    sound = isinstance(variants, dict) and all(isinstance(v, dict) for v in variants.values())
+    unknown = sorted(map(str, set(variants) - set(_VARIANTS))) if sound else []
+    if unknown or not sound:
+        raise RefusedError(
+            f"recipe {path}: variants must map {', '.join(_VARIANTS)} to arguments, such as "
+            f"fixed: {{lr: 2.0e-3}}{'; unknown: ' + ', '.join(unknown) if unknown else ''}"
+        )
 
 
 def of_variant(
@@ -157,18 +172,9 @@ def of_variant(
 
     ``variants`` maps ``fixed``, ``la``, ``type1``, ``one``, ``bi`` and ``qd`` to values of their
     own: learning rates are tuned per variant.
-
-    Raises:
-        RefusedError: an unknown variant in the recipe.
     """
     common = {key: value for key, value in recipe.items() if key != "variants"}
     variants = recipe.get("variants") or {}
-    unknown = sorted(set(variants) - set(_VARIANTS))
-    if unknown:
-        raise RefusedError(
-            f"recipe: variants {', '.join(map(str, unknown))} unknown; known are "
-            f"{', '.join(_VARIANTS)}"
-        )
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("moa_mixing", "moa_variant"):
         value = settings.get(name, settings.get(name.replace("_", "-"), common.get(name)))

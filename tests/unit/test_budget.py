@@ -27,7 +27,7 @@ def test_malformed_budgets_name_the_value_and_the_form(text: str) -> None:
 
 
 def test_tokens_per_parameter_need_the_parameters() -> None:
-    with pytest.raises(RefusedError, match="--vocab-size"):
+    with pytest.raises(RefusedError, match="give --vocab-size"):
         budget.tokens("20x", None)
 
 
@@ -41,7 +41,10 @@ def test_schedules_scale_unless_set() -> None:
     assert budget.scaled(WSD, 100, ()) == {"lr_warmup_iters": 5, "lr_wsd_decay_iters": 20}
     assert budget.scaled(WSD, 100, ("lr_warmup_iters",)) == {"lr_wsd_decay_iters": 20}
     assert budget.scaled(WSD, 3, ()) == {"lr_warmup_iters": 1, "lr_wsd_decay_iters": 1}
-    assert budget.scaled({**WSD, "lr_warmup_iters": 0}, 100, ())["lr_warmup_iters"] == 0
+    assert "lr_warmup_iters" not in budget.scaled({**WSD, "lr_warmup_iters": 0}, 100, ())
+    assert budget.scaled(WSD, 1, ()) == {"lr_warmup_iters": 0, "lr_wsd_decay_iters": 1}
+    for other in ("lr_warmup_fraction", "lr_warmup_samples"):
+        assert "lr_warmup_iters" not in budget.scaled(WSD, 100, {other})
     assert budget.scaled(WSD, 1000, ()) == budget.scaled({"lr_warmup_iters": 5}, 10, ()) == {}
 
 
@@ -52,7 +55,7 @@ def namespace(**values: Any) -> argparse.Namespace:
 
 def test_a_budget_sets_steps_and_schedule() -> None:
     args = namespace(tokens="10K")
-    budget.apply(args, WSD, {"tokens"}, None)
+    budget.apply(args, WSD, {"tokens"}, lambda: None)
     assert (args.train_iters, args.lr_warmup_iters, args.lr_wsd_decay_iters) == (100, 5, 20)
 
 
@@ -66,7 +69,12 @@ def test_a_budget_sets_steps_and_schedule() -> None:
 )
 def test_one_length_of_the_run(values: dict[str, Any], given: set[str], named: str) -> None:
     with pytest.raises(RefusedError, match=f"with {named}: give one of them"):
-        budget.apply(namespace(tokens="10K", **values), WSD, given, None)
+        budget.apply(namespace(tokens="10K", **values), WSD, given, lambda: None)
+
+
+def test_a_budget_needs_the_size_of_a_step() -> None:
+    with pytest.raises(RefusedError, match=r"needs --global-batch-size \(None\)"):
+        budget.apply(namespace(tokens="1B", global_batch_size=None), WSD, {"tokens"}, lambda: None)
 
 
 def test_a_launcher_sees_the_same_schedule() -> None:
@@ -107,6 +115,18 @@ def test_what_a_recipe_states_itself_holds_for_all_its_variants(tmp_path: Any) -
         assert float(recipes.of_variant(recipes.load(str(child)), {}, flags)["lr"]) == 1e-3
 
 
-def test_an_unknown_variant_is_refused() -> None:
-    with pytest.raises(RefusedError, match="variants two unknown; known are fixed"):
-        recipes.of_variant({"variants": {"two": {"lr": 1}}}, {}, [])
+def test_variants_of_a_child_join_those_of_its_parent(tmp_path: Any) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text("inherits: dense-0.12b-long\nvariants: {bi: {lr: 1.0e-3}}\n")
+    found = recipes.load(str(child))
+    for flags, lr in (([], 1e-3), (["--moa-variant", "qd"], 5e-3), (["--moa-mixing=la"], 4e-3)):
+        assert float(recipes.of_variant(found, {}, flags)["lr"]) == lr
+    assert recipes.load("dense-0.12b-long")["variants"]["bi"]["lr"] == 6e-3, "loaded anew"
+
+
+@pytest.mark.parametrize("text", ["{two: {lr: 1}}", "", "{bi: }", "[bi]"])
+def test_malformed_variants_are_refused(text: str, tmp_path: Any) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(f"inherits: dense-0.12b\nvariants: {text}\n")
+    with pytest.raises(RefusedError, match=r"bad.yaml: variants must map fixed, la, type1"):
+        recipes.load(str(path))

@@ -34,7 +34,8 @@ def arguments(**values: Any) -> Any:
         "tokenizer_type": "NullTokenizer", "tokenizer_model": None, "vocab_size": 100,
         "data_path": None, "data_args_path": None, "per_split_data_args_path": None,
         "train_data_path": None, "valid_data_path": None, "test_data_path": None,
-        "finetune": False, "accept_data_change": False, "load": "runs/old",
+        "vocab_file": None, "merge_file": None, "dataloader_type": "single", "skip_train": False,
+        "data_parallel_size": 1, "finetune": False, "accept_data_change": False, "load": "runs/old",
     }  # fmt: skip
     return SimpleNamespace(**{**common, **values})
 
@@ -80,10 +81,40 @@ def check_content_counts_and_not_the_path() -> None:
         part = identity.describe(arguments(data_path=[str(a)], split="90,10,0"))
         whole = identity.describe(arguments(data_path=[str(a)], split="100,0,0"))
         assert "split" in identity.differences(part, whole)[0]
+        assert part == identity.describe(arguments(data_path=[str(a)], split="9,1"))
+        cyclic = arguments(train_data_path=[str(a)], dataloader_type="cyclic", data_parallel_size=2)
+        assert identity.differences(one, identity.describe(cyclic)) == [
+            "order: checkpoint single, this run cyclic",
+            "data parallel size: checkpoint none, this run 2",
+        ]
+        weighted = arguments(data_path=["1", str(a)], split="1", mid_level_dataset_surplus=4.0)
+        (found,) = identity.describe(weighted)["passes over the training data"]
+        assert found != "1", "a single weighted corpus is a blend, built with a surplus"
         # 40 documents of 16 tokens: about 40 samples. 4 times that is more than one pass.
         long = identity.describe(arguments(train_data_path=[str(a)], train_iters=40))
         (longer,) = identity.differences(one, long)
         assert longer.startswith("passes over the training data: checkpoint [1], this run [")
+
+
+def check_tokenizers_count_by_content() -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as name:
+        folders = [Path(name, part) for part in ("a", "b", "c")]
+        for folder, words in zip(folders, ("one", "one", "two")):
+            folder.mkdir()
+            (folder / "merges.txt").write_text(words)
+        a, b, c = (
+            identity.describe(arguments(mock_data=True, tokenizer_model=str(folder)))["tokenizer"]
+            for folder in folders
+        )
+        assert a == b != c
+        files = [str(folder / "merges.txt") for folder in folders]
+        x, y = (
+            identity.describe(arguments(mock_data=True, vocab_file=files[0], merge_file=merges))
+            for merges in (files[1], files[2])
+        )
+        assert identity.differences(x, y)
 
 
 def check_equal_passes_mean_an_equal_beginning() -> None:
@@ -148,7 +179,15 @@ def test_what_may_change() -> None:
     args = arguments(moa_data_identity={"seed": 2})
     assert not identity.problems(args, SimpleNamespace()), "a checkpoint of plain Megatron"
     assert not identity.problems(args, saved(seed=2))
-    assert not identity.problems(arguments(moa_data_identity={"seed": 2}, finetune=True), saved())
+    for free in ("finetune", "skip_train"):
+        args = arguments(moa_data_identity={"seed": 2}, **{free: True})
+        assert not identity.problems(args, saved()), free
+
+
+def test_other_validation_data_is_only_mentioned(caplog: pytest.LogCaptureFixture) -> None:
+    args = arguments(moa_data_identity={"seed": 1, "validation data": ["b"]})
+    assert not identity.problems(args, saved(**{"validation data": ["a"]}))
+    assert "validation data is not that of" in caplog.text
 
 
 def test_an_accepted_change_is_logged(caplog: pytest.LogCaptureFixture) -> None:

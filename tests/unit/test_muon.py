@@ -117,8 +117,10 @@ def check_flags() -> None:
         ("--optimizer", "muon", "--muon-no-split-qkv", "--no-moa-muon-split-fc1"),
     ):
         assert muon.split_fc1 not in prepared(*words).config.pre_wrap_hooks, words
-    with pytest.raises(RefusedError, match="--no-moa-muon-split-fc1"):
-        prepared("--optimizer", "muon", "--muon-no-split-qkv")
+    interleaved = ("--moa-mixing", "fixed", "--moe-mlp-glu-interleave-size", "4")
+    for words in (("--muon-no-split-qkv",), interleaved):
+        with pytest.raises(RefusedError, match="--no-moa-muon-split-fc1"):
+            prepared("--optimizer", "muon", *words)
 
 
 CHECKS = [n for n in globals() if n.startswith("check_") and n != "check_two_matrices"]

@@ -108,6 +108,22 @@ def check_the_floor_follows_a_chosen_peak() -> None:
     assert prepared("dense-0.12b", "--lr", "1e-3", "--min-lr", "1e-6").args.min_lr == 1e-6
 
 
+def check_floors_are_round_numbers() -> None:
+    """Checkpoints know groups of parameters by them: 0.05 * 3e-3 is not 1.5e-4."""
+    assert prepared("dense-0.12b").args.min_lr == 1.5e-4
+
+
+def check_runs_counted_in_samples() -> None:
+    run = prepared("dense-0.12b", "--train-samples", "51200", "--lr-warmup-samples", "1000")
+    assert any("51200 samples, 0.0524 B tokens" in line for line in run.summary())
+
+
+def check_a_warm_up_of_ones_own() -> None:
+    for words in (("--tokens", "1B"), ("--train-iters", "1000")):
+        args = prepared("dense-0.12b", *words, "--lr-warmup-fraction", "0.01").args
+        assert (args.lr_warmup_fraction, args.lr_warmup_iters) == (0.01, 0)
+
+
 def check_budgets_scale_the_schedule() -> None:
     args = prepared("moe-2b", "--tokens", "20x").args
     steps = math.ceil(20 * 1_996_574_720 / (512 * 1024))
