@@ -24,7 +24,6 @@ from moa_megatron import (
     arguments,
     batches,
     checkpoints,
-    corpus,
     costs,
     host,
     layer_statistics,
@@ -36,6 +35,7 @@ from moa_megatron import (
     telemetry,
 )
 from moa_megatron.config import MoAConfig
+from moa_megatron.data import corpus
 from moa_megatron.op import build as build_mixture
 from moa_megatron.op import resolve_backend
 from moa_megatron.recipes import CommandLine, RefusedError

@@ -6,8 +6,9 @@ import argparse
 import json
 from pathlib import Path
 
-from moa_megatron import flags, layout, token_files
+from moa_megatron import flags, layout
 from moa_megatron.config import MoAConfig
+from moa_megatron.data import token_files
 
 # Upstream arguments that this entry point does not serve, whatever the FFN.
 UNSERVED: dict[str, str] = {

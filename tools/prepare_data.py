@@ -18,9 +18,9 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from moa_megatron import corpus, documents
-from moa_megatron.token_files import BuildReport, build_indexed, pair
-from moa_megatron.tokenization import MIN_VOCAB_SIZE, TextEncoder, train_tokenizer
+from moa_megatron.data import corpus, documents, inputs
+from moa_megatron.data.token_files import BuildReport, build_indexed, pair
+from moa_megatron.data.tokenization import MIN_VOCAB_SIZE, TextEncoder, train_tokenizer
 
 EXIT_STORAGE, EXIT_INPUT = 74, 78
 
@@ -100,7 +100,7 @@ def output_prefixes(args: argparse.Namespace) -> dict[str, Path]:
     return {name: Path(f"{args.output}-{name}") for name in ("valid", "train")}
 
 
-def check_arguments(args: argparse.Namespace) -> list[documents.SourceFile]:
+def check_arguments(args: argparse.Namespace) -> list[inputs.SourceFile]:
     """The input files.
 
     Raises:
@@ -130,10 +130,10 @@ def check_arguments(args: argparse.Namespace) -> list[documents.SourceFile]:
     if not args.stdlib and args.output is not None and not args.overwrite:
         taken = [path for p in output_prefixes(args).values() for path in pair(p) if path.exists()]
         problems += [f"{path}: exists; pass --overwrite or another --output" for path in taken]
-    files: list[documents.SourceFile] = []
+    files: list[inputs.SourceFile] = []
     try:
         if not args.stdlib:
-            files = documents.list_files(args.inputs, args.suffix or (".py",))
+            files = inputs.list_files(args.inputs, args.suffix or (".py",))
     except ValueError as error:
         problems.append(str(error))
     try:
@@ -147,7 +147,7 @@ def check_arguments(args: argparse.Namespace) -> list[documents.SourceFile]:
 
 
 def read(
-    args: argparse.Namespace, files: list[documents.SourceFile], split: str, title: str
+    args: argparse.Namespace, files: list[inputs.SourceFile], split: str, title: str
 ) -> Iterator[str]:
     """The texts of one split, under a progress bar over the bytes of all files."""
     args.report = documents.ReadReport()

@@ -17,17 +17,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moa_megatron import token_files, tokenization
-from moa_megatron.corpus import Corpus, stdlib_corpus
-from moa_megatron.documents import (
+from moa_megatron.data import token_files, tokenization
+from moa_megatron.data.corpus import Corpus, stdlib_corpus
+from moa_megatron.data.documents import (
     ReadReport,
-    SourceFile,
     in_validation,
-    list_files,
     read_documents,
 )
-from moa_megatron.token_files import build_indexed, check_prefix
-from moa_megatron.tokenization import END_OF_DOCUMENT, TextEncoder, train_tokenizer
+from moa_megatron.data.inputs import SourceFile, list_files
+from moa_megatron.data.token_files import build_indexed, check_prefix
+from moa_megatron.data.tokenization import END_OF_DOCUMENT, TextEncoder, train_tokenizer
 
 TEXTS = [
     "def f(x):\n    return x + 1\n",
@@ -86,7 +85,9 @@ def test_jsonl_lines(
     assert found == texts
     assert dict(report.skipped) == {kind: len(lines) for kind, lines in skipped.items()}
     assert dict(report.noted) == {kind: len(lines) for kind, lines in noted.items()}
-    expected = {k: [f"{path}:{n}" for n in lines] for k, lines in (skipped | noted).items()}
+    expected = {
+        k: [(str(path), int(n), "") for n in lines] for k, lines in (skipped | noted).items()
+    }
     assert report.locations == expected
 
 
@@ -106,7 +107,8 @@ def test_whole_files(tmp_path: Path, raw: bytes, texts: list[str], located: dict
     path = tmp_path / "a.txt"
     found, report = read(path, raw)
     assert found == texts
-    assert report.locations == {kind: [f"{path}:{line}"] for kind, line in located.items()}
+    expected = {kind: [(str(path), int(line), "")] for kind, line in located.items()}
+    assert report.locations == expected
 
 
 def test_report_keeps_first_locations_and_strict_refuses(tmp_path: Path) -> None:
@@ -413,7 +415,7 @@ def test_two_processes_prepare_the_same(
 def test_import_stays_light() -> None:
     """Where the package's own `__init__` is: these modules add neither torch nor Megatron."""
     code = (
-        "import sys; import moa_megatron; before = set(sys.modules); import moa_megatron.corpus; "
+        "import sys; import moa_megatron; before = set(sys.modules); import moa_megatron.data.corpus; "
         "added = set(sys.modules) - before; "
         "sys.exit(bool({'torch', 'megatron', 'transformers'} & added))"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moa_megatron.corpus import check_prefix, train_tokenizer
+from moa_megatron.data.corpus import check_prefix, train_tokenizer
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from moa_megatron.tokenization import TextEncoder
+from moa_megatron.data.tokenization import TextEncoder
 
 _CHUNK_CHARS = 1 << 18
 _MAGIC = b"MMIDIDX\x00\x00"
