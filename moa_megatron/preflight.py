@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moa_megatron import flags, layout
 from moa_megatron.config import MoAConfig
-from moa_megatron.data import token_files
+from moa_megatron.data.checking import check_prefix
 
 # Upstream arguments that this entry point does not serve, whatever the FFN.
 UNSERVED: dict[str, str] = {
@@ -55,7 +55,7 @@ def data_problems(args: argparse.Namespace) -> list[str]:
     problems = tokenizer_problems(args)
     for prefix in prefixes:
         try:
-            token_files.check_prefix(Path(prefix), args.vocab_size or 2**31)
+            check_prefix(Path(prefix), args.vocab_size or 2**31)
         except ValueError as error:
             problems.append(str(error))
     return problems

@@ -13,13 +13,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from moa_megatron.data.checking import check_prefix
 from moa_megatron.data.documents import (
     ReadReport,
     in_validation,
     read_documents,
 )
 from moa_megatron.data.inputs import SourceFile, walk
-from moa_megatron.data.token_files import build_indexed, check_prefix
+from moa_megatron.data.token_files import build_indexed
 from moa_megatron.data.tokenization import train_tokenizer, write_text
 
 logger = logging.getLogger(__name__)

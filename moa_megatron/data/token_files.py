@@ -1,33 +1,36 @@
-"""Megatron's token files (`.bin` and `.idx`): written in order and atomically, and checked.
+"""Megatron's token files (`.bin` and `.idx`): written in order and atomically.
 
-Start-up is light: only `build_indexed` imports Megatron, for its writer.
+Megatron's own writer keeps every document's length in a Python list, some 40 bytes each, and its
+import takes seconds; the format is a header, the lengths, their offsets and the document bounds.
 """
 
 import os
 import struct
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
-from moa_megatron.data.tokenization import TextEncoder
+from moa_megatron.data.encoding import TextEncoder
 
 _CHUNK_CHARS = 1 << 18
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+_BLOCK = 1 << 20  # lengths, pointers and bytes go through memory in blocks
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
 # Of upstream's DType, without the floating-point ones: nothing reads those as token ids.
-_TOKEN_DTYPES = {
-    code: np.dtype(name)
+TOKEN_DTYPES = {
+    code: np.dtype(name).newbyteorder("<")
     for code, name in {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 8: "u2"}.items()
 }
-_FULL_SCAN_TOKENS = 1 << 26
-_SAMPLE_BLOCKS, _SAMPLE_TOKENS = 256, 1 << 16
+_UINT16_BELOW = 65_500  # where upstream's DType.optimal_dtype changes
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,11 @@ class BuildReport:
 def pair(prefix: Path) -> tuple[Path, Path]:
     """The `.bin` and `.idx` of a prefix, which may itself contain dots."""
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The type that Megatron gives the ids of a vocabulary: uint16 below 65,500, else int32."""
+    return TOKEN_DTYPES[8 if vocab_size < _UINT16_BELOW else 4]
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -80,7 +88,7 @@ def _map_in_order[Item, Result](
 
 
 @contextmanager
-def _published(prefix: Path) -> Iterator[tuple[Path, Path]]:
+def published(prefix: Path) -> Iterator[tuple[Path, Path]]:
     """Temporary names for a pair, given their final ones on success: `.bin` first, `.idx` last.
 
     A reader needs both, so at no moment does a killed job leave a pair that looks complete. What
@@ -103,6 +111,66 @@ def _published(prefix: Path) -> Iterator[tuple[Path, Path]]:
             path.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Documents in token order: bytes [start, stop) of `data`, lengths [first, last) of `lengths`.
+
+    `lengths` is a file of int32, one a document, in tokens.
+    """
+
+    data: Path
+    lengths: Path
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+def join(pieces: Sequence[Piece], prefix: Path, dtype: np.dtype) -> None:
+    """Write the documents of all pieces as one pair, with flat memory, and publish it.
+
+    Raises:
+        OSError: the files cannot be written; what was written is removed, an older pair kept.
+    """
+    with published(prefix) as (bin_path, idx_path):
+        with bin_path.open("wb") as out:
+            for piece in pieces:
+                _append(out, piece)
+        with idx_path.open("wb", buffering=_BLOCK) as out:
+            num_documents = sum(piece.last - piece.first for piece in pieces)
+            code = next(code for code, known in TOKEN_DTYPES.items() if known == dtype)
+            out.write(HEADER.pack(MAGIC, 1, code, num_documents, num_documents + 1))
+            for block in _lengths(pieces):
+                out.write(block.tobytes())
+            offset = 0
+            for block in _lengths(pieces):
+                ends = np.cumsum(block, dtype="<i8") * dtype.itemsize + offset
+                out.write(np.concatenate([[offset], ends[:-1]]).astype("<i8").tobytes())
+                offset = int(ends[-1])
+            for start in range(0, num_documents + 1, _BLOCK):
+                stop = min(start + _BLOCK, num_documents + 1)
+                out.write(np.arange(start, stop, dtype="<i8").tobytes())
+
+
+def _append(out: BinaryIO, piece: Piece) -> None:
+    with piece.data.open("rb") as stream:
+        stream.seek(piece.start)
+        left = piece.stop - piece.start
+        while left:
+            block = stream.read(min(left, 8 * _BLOCK))
+            if not block:
+                raise ValueError(f"{piece.data}: shorter than its record; prepare the data again")
+            out.write(block)
+            left -= len(block)
+
+
+def _lengths(pieces: Sequence[Piece]) -> Iterator[np.ndarray]:
+    for piece in pieces:
+        for start in range(piece.first, piece.last, _BLOCK):
+            count = min(_BLOCK, piece.last - start)
+            yield np.fromfile(piece.lengths, dtype="<i4", count=count, offset=4 * start)
+
+
 def build_indexed(
     texts: Iterable[str], tokenizer_dir: Path, out_prefix: Path, workers: int = 2,
     progress: bool = True, *, append_eod: bool = True, total_bytes: int | None = None,
@@ -119,101 +187,28 @@ def build_indexed(
     if workers < 1:
         raise ValueError(f"workers={workers}: must be at least 1")
     encoder = TextEncoder(tokenizer_dir, append_eod)
-    # Late, for it takes seconds, and host mode must come before Megatron.
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+    dtype = token_dtype(encoder.vocab_size)
 
-    def encode(chunk: list[str]) -> list[tuple[np.ndarray, int]]:
-        return [(encoder.encode(text), len(text.encode())) for text in chunk]
+    def encode(chunk: list[str]) -> tuple[np.ndarray, np.ndarray, int]:
+        return *encoder.encode_all(chunk), sum(len(text.encode()) for text in chunk)
 
-    num_documents = num_tokens = num_bytes = 0
+    num_tokens = num_bytes = num_documents = 0
     bar = tqdm(
         total=total_bytes, unit="B", unit_scale=True, desc=out_prefix.name, disable=not progress
     )
-    with bar, _published(out_prefix) as (bin_path, idx_path):
-        builder = IndexedDatasetBuilder(str(bin_path), DType.optimal_dtype(encoder.vocab_size))
-        try:
-            for encoded in _map_in_order(encode, _chunks(texts), workers):
-                for ids, size in encoded:
-                    builder.add_document(ids, [len(ids)])
-                    num_documents += 1
-                    num_tokens += len(ids)
-                    num_bytes += size
-                    bar.update(size)
-        finally:
-            builder.data_file.close()
+    out_prefix.parent.mkdir(parents=True, exist_ok=True)
+    with bar, TemporaryDirectory(prefix=f".{out_prefix.name}.", dir=out_prefix.parent) as folder:
+        data, lengths = Path(folder, "tokens"), Path(folder, "lengths")
+        with data.open("wb") as tokens_out, lengths.open("wb") as lengths_out:
+            for ids, counts, size in _map_in_order(encode, _chunks(texts), workers):
+                tokens_out.write(ids.astype(dtype).tobytes())
+                lengths_out.write(counts.tobytes())
+                num_documents += len(counts)
+                num_tokens += len(ids)
+                num_bytes += size
+                bar.update(size)
         if not num_tokens:
             raise ValueError(f"documents: none for {out_prefix}; check the input paths and key")
-        builder.finalize(str(idx_path))
+        piece = Piece(data, lengths, 0, num_tokens * dtype.itemsize, 0, num_documents)
+        join([piece], out_prefix, dtype)
     return BuildReport(out_prefix, num_documents, num_tokens, num_bytes)
-
-
-def check_prefix(prefix: Path, vocab_size: int) -> int:
-    """Count a pair's tokens; refuse one that would fail, or train on wrong ids, later.
-
-    The index is checked in full. Token ids are checked in full up to 2^26 tokens, beyond that in
-    256 evenly spaced blocks of 65,536, first and last tokens included.
-
-    Raises:
-        ValueError: a file is missing, foreign, or cut; or an id does not fit `vocab_size`.
-    """
-    bin_path, idx_path = pair(prefix)
-    missing = [str(path) for path in (bin_path, idx_path) if not path.is_file()]
-    if missing:
-        raise ValueError(
-            f"data prefix {prefix}: no file {' and no file '.join(missing)}; give the path without "
-            ".bin or .idx, or prepare the data again (a killed run leaves no complete pair)"
-        )
-    dtype, num_tokens = _read_index(bin_path, idx_path)
-    tokens = np.memmap(bin_path, dtype=dtype, mode="r", shape=(num_tokens,))
-    starts: Iterable[int] = range(0, num_tokens, _SAMPLE_TOKENS)
-    if num_tokens > _FULL_SCAN_TOKENS:
-        starts = np.linspace(0, num_tokens - _SAMPLE_TOKENS, _SAMPLE_BLOCKS, dtype=np.int64)
-    blocks = [tokens[start : start + _SAMPLE_TOKENS] for start in starts]
-    low, high = int(min(map(np.min, blocks))), int(max(map(np.max, blocks)))
-    if low < 0 or high >= vocab_size:
-        raise ValueError(
-            f"data prefix {prefix}: token ids reach from {low} to {high}, the vocabulary has "
-            f"{vocab_size} (0 to {vocab_size - 1}); train with the tokenizer that made the data"
-        )
-    return num_tokens
-
-
-def _read_index(bin_path: Path, idx_path: Path) -> tuple[np.dtype, int]:
-    """The token dtype and count, after every check that needs no tokens."""
-    again = "the file is damaged or was not written as text tokens; prepare the data again"
-    actual = idx_path.stat().st_size
-    with idx_path.open("rb") as stream:
-        head = stream.read(_HEADER.size)
-    if len(head) < _HEADER.size or not head.startswith(_MAGIC):
-        raise ValueError(f"{idx_path}: not a Megatron index, it starts with {head[:9]!r}; {again}")
-    _, version, code, num_sequences, num_bounds = _HEADER.unpack(head)
-    if version != 1 or code not in _TOKEN_DTYPES:
-        raise ValueError(f"{idx_path}: version {version}, dtype code {code} unknown; {again}")
-    dtype = _TOKEN_DTYPES[code]
-    expected = _HEADER.size + 12 * num_sequences + 8 * num_bounds
-    if actual != expected or not num_sequences:
-        raise ValueError(
-            f"{idx_path}: {actual:,} bytes, {expected:,} needed for {num_sequences:,} sequences "
-            f"and {num_bounds:,} document bounds; {again}"
-        )
-    index = np.memmap(idx_path, dtype=np.uint8, mode="r", offset=_HEADER.size)
-    lengths = index[: 4 * num_sequences].view(np.int32)
-    bounds = index[12 * num_sequences :].view(np.int64)
-    num_tokens = int(lengths.sum(dtype=np.int64))
-    pointers = index[4 * num_sequences : 12 * num_sequences].view(np.int64)
-    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
-    if (
-        not num_tokens or (lengths < 0).any()
-        or pointers[0] != 0 or (pointers[1:] != ends[:-1]).any()
-        or bounds.size < 2 or bounds[0] != 0 or bounds[-1] != num_sequences
-        or (np.diff(bounds) < 0).any()
-    ):  # fmt: skip
-        raise ValueError(f"{idx_path}: inconsistent lengths, offsets or bounds; {again}")
-    size = bin_path.stat().st_size
-    if size != num_tokens * dtype.itemsize:
-        raise ValueError(
-            f"{bin_path}: {size:,} bytes, but {idx_path.name} describes {num_tokens:,} tokens of "
-            f"{dtype.itemsize} bytes, {num_tokens * dtype.itemsize:,} bytes; one of them is "
-            "cut or belongs to other data: prepare the data again"
-        )
-    return dtype, num_tokens
