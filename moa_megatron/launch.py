@@ -180,8 +180,10 @@ def describe(moa: MoAConfig) -> str:
     return f"{words}, {len(moa.names)} activations{gates}"
 
 
-def prepare(command: CommandLine, extra_flags: list[str]) -> Run:
+def prepare(command: CommandLine, extra_flags: list[str], mends_index: bool = False) -> Run:
     """Arguments, data, model configuration and checks of a run; creates nothing in its folder.
+
+    With `mends_index` the caller builds dataset indices, so damaged ones are no obstacle.
 
     Raises:
         RefusedError: with every violation that was found.
@@ -193,7 +195,8 @@ def prepare(command: CommandLine, extra_flags: list[str]) -> Run:
     _pad_vocabulary(args)
     # A dry run may stand for another machine.
     has_device = command.dry_run or not host.active()
-    _refuse(preflight.check(args, moa) + profiling.problems(args, has_device))
+    problems = preflight.check(args, moa) + profiling.problems(args, has_device)
+    _refuse(problems + ([] if mends_index else preflight.index_problems(args)))
     try:
         validate_args(args, {})
         config = models.model_config(args, moa)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moa_megatron import flags, layout
 from moa_megatron.config import MoAConfig
+from moa_megatron.data import index_cache
 from moa_megatron.data.checking import check_prefix
 
 # Upstream arguments that this entry point does not serve, whatever the FFN.
@@ -59,6 +60,17 @@ def data_problems(args: argparse.Namespace) -> list[str]:
         except ValueError as error:
             problems.append(str(error))
     return problems
+
+
+def index_problems(args: argparse.Namespace) -> list[str]:
+    """Dataset indices that a kill has cut; Megatron would take them for whole."""
+    if args.data_cache_path is None:
+        return []
+    return [
+        f"{problem}: Megatron would read it; remove it, or run tools/prepare_data.py "
+        "--build-index with this recipe and these flags"
+        for problem in index_cache.damaged(Path(args.data_cache_path)).values()
+    ]
 
 
 def tokenizer_problems(args: argparse.Namespace) -> list[str]:

@@ -14,13 +14,13 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import NoReturn
 
 from moa_megatron.data import corpus, documents, inputs, preparing, publishing
 from moa_megatron.data.encoding import ENGINES, TextEncoder
 from moa_megatron.data.parts import Options
 from moa_megatron.data.tokenization import MIN_VOCAB_SIZE
 from moa_megatron.data.workers import WorkerDiedError
+from moa_megatron.recipes import Parser
 
 EXIT_FAILED, EXIT_STORAGE, EXIT_INPUT = 1, 74, 78
 
@@ -41,13 +41,6 @@ EXAMPLES = """examples:
 
 docs/data.md is the page for all of it.
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse leaves with 2, which no launcher of ours knows."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_INPUT, f"{self.prog}: {message}; see --help\n")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -247,7 +240,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    args = parse_arguments()
+    try:
+        args = parse_arguments()
+    except ValueError as error:
+        print(f"prepare_data: refused\n{error}; see --help", file=sys.stderr)
+        return EXIT_INPUT
     if args.build_index is not None:
         # Late: this needs torch and Megatron, which preparing does not.
         from moa_megatron.data import index_cache

@@ -197,12 +197,10 @@ def weigh(prefix: Path, found: Sequence[Published], weight: float = 1.0) -> list
 
 def data_flags(prefix: Path, splits: dict[str, list[Published]]) -> dict[str, Path]:
     """Megatron's flags for what has been published; writes the list that several pairs need."""
-    names = {
-        split: [prefix.parent / item.prefix for item in found] for split, found in splits.items()
-    }
-    if all(len(found) == 1 for found in names.values()):
+    if all(len(found) == 1 for found in splits.values()):
         return {
-            f"--{split}-data-path" if split else "--data-path": n[0] for split, n in names.items()
+            f"--{split}-data-path" if split else "--data-path": prefix.parent / found[0].prefix
+            for split, found in sorted(splits.items())
         }
     words = {split: weigh(prefix, found) for split, found in splits.items()}
     if "" in words:
