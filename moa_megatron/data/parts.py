@@ -81,12 +81,12 @@ class Record:
 def cut(files: Sequence[SourceFile], part_bytes: int) -> list[Part]:
     """Parts in the order of the files: small files together, large plain JSON lines in slices."""
     parts: list[Part] = []
-    size = part_bytes  # of the last part: the first file opens one
+    size = 0  # of the last part
     for file in files:
         step = part_bytes if file.can_be_cut else max(file.size, 1)
         for start in range(0, max(file.size, 1), step):
             piece = Slice(file, start, min(start + step, file.size))
-            if size + piece.end - piece.start > part_bytes or _is_cut(piece):
+            if not parts or _is_cut(piece) or size + piece.end - piece.start > part_bytes:
                 parts.append([])
                 size = 0
             parts[-1].append(piece)
