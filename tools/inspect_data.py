@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -114,9 +115,11 @@ def describe(facts: Facts) -> list[str]:
     return lines + [f"  sha256 {digest}  {name}" for name, digest in facts.sha256.items()]
 
 
-def texts(prefix: Path, tokenizer: Tokenizer | None, numbers: Sequence[int]) -> list[dict]:
+def texts(
+    prefix: Path, tokenizer: Tokenizer | None, numbers: Sequence[int]
+) -> list[dict[str, Any]]:
     """Ids, and text where there is a tokenizer, of the documents asked for."""
-    found = []
+    found: list[dict[str, Any]] = []
     index = Index(prefix)
     for number in numbers:
         if not 0 <= number < index.num_bounds - 1:

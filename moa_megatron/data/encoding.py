@@ -37,7 +37,7 @@ class TextEncoder:
     One difference, on purpose: a document that spells out a special token's name gets ordinary
     tokens for it, so that no text can end a document.
 
-    `engine` computes the ids: "tokenizers" is the reference, "gigatoken" some fifty times faster,
+    `engine` computes the ids: "tokenizers" is the reference, "gigatoken" tens of times faster,
     "auto" takes that where it is installed and agrees on `PROBE`. Every 2,048th document then goes
     through both. `engine` is afterwards the one in use, `reason` why it is not the fast one.
 

@@ -149,6 +149,7 @@ class Workplace:
         try:
             old = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
+            self.clear()  # parts without their plan say nothing
             write_text(self.folder / "plan.json", json.dumps(plan, indent=1) + "\n")
             return
         if old != plan:
@@ -156,6 +157,10 @@ class Workplace:
                 f"{self.folder}: holds parts of another command; pass --overwrite to start anew, "
                 "or repeat that command:\n" + "\n".join(_differences(old, plan))
             )
+
+    def unfinished(self) -> bool:
+        """Whether an earlier run has left something to go on with."""
+        return (self.folder / "plan.json").is_file()
 
     def tokenizer(self) -> str | None:
         """sha256 of the tokenizer that the parts are made with, once that is decided."""
@@ -180,6 +185,7 @@ class Workplace:
                 path.unlink(missing_ok=True)
 
     def remove(self) -> None:
+        (self.folder / "plan.json").unlink(missing_ok=True)  # first: see `adopt`
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -57,7 +57,7 @@ class Result:
 
 def taken(request: Request) -> list[Path]:
     """Existing output that the request may not replace: none where it goes on after a kill."""
-    if request.overwrite or request.workplace.folder.exists():
+    if request.overwrite or request.workplace.unfinished():
         return []
     prefixes = [request.prefix(split) for split in request.options.splits]
     found = [path for prefix in prefixes for path in pair(prefix) if path.exists()]
@@ -94,17 +94,19 @@ def prepare(request: Request) -> Result:
         if request.engine == "auto" and encoder.reason:
             logger.warning("the slower engine tokenizes: %s", encoder.reason)
         dtype = token_dtype(encoder.vocab_size)
-        _check_space(request, dtype.itemsize)
         records = _finish_parts(request, tokenizer_dir, encoder.engine, dtype.itemsize)
         report = _merged(parts.cut(request.files, request.options.part_bytes), records)
         if request.strict:
             report.refuse_skipped()
-        splits = {}
+        if not any(record.documents for record in records):
+            workplace.remove()  # nothing to go on with
         # Validation first: it is small, and may turn out to be empty.
-        for split in request.options.splits:
-            splits[split] = publishing.publish(
+        splits = {
+            split: publishing.publish(
                 workplace, records, split, request.prefix(split), dtype, request.shard_tokens
             )
+            for split in request.options.splits
+        }
         publishing.write_manifest(request.output, splits, sha256, encoder.vocab_size)
         workplace.remove()
     num_bytes: Counter[str] = sum((record.num_bytes for record in records), Counter())
@@ -163,6 +165,8 @@ def _finish_parts(
             "going on: %d of %d parts are finished in %s",
             len(cut) - len(todo), len(cut), workplace.folder,
         )  # fmt: skip
+    else:
+        _check_space(request, itemsize)
     if todo:
         job = workers.Job(cut, todo, workplace, options, tokenizer_dir, engine)
         total = sum(piece.end - piece.start for number in todo for piece in cut[number])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -328,6 +329,44 @@ def test_killed_at_several_points_and_resumed(inputs: Path, tokenizer_dir: Path)
     assert printed.replace("/killed/", "/straight/") == report
     assert outputs(inputs / "killed") == outputs(inputs / "straight")
     assert not (inputs / "killed" / "x.parts").exists()
+
+
+def test_a_dead_worker_ends_the_command(inputs: Path, tokenizer_dir: Path) -> None:
+    job = subprocess.Popen(
+        command(inputs, "--tokenizer", str(tokenizer_dir), "--workers", "2"), cwd=inputs,
+        stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    while not list((inputs / "x.parts").glob("*.tokens")):
+        assert job.poll() is None
+        time.sleep(0.005)
+    worker = next(
+        child
+        for child in psutil.Process(job.pid).children()
+        if "spawn_main" in " ".join(child.cmdline())
+    )
+    worker.kill()
+    _, errors = job.communicate(timeout=20)
+    assert job.returncode == 1 and "a worker ended with code -9" in errors
+    assert "Traceback" not in errors and not list(inputs.glob("x*.bin"))
+
+
+def test_no_documents_leave_nothing_behind(tmp_path: Path, tokenizer_dir: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "a"}\n')
+    words = [sys.executable, str(TOOL), "a.jsonl", "--output", "x", "--tokenizer"]
+    words += [str(tokenizer_dir), "--workers", "1"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 78 and "documents: none for x" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    # Parts that a kill between publishing and cleaning up has left are no part of a later plan.
+    (tmp_path / "x.parts").mkdir()
+    (tmp_path / "x.parts" / "000000.json").write_text("{}")
+    (tmp_path / "x.bin").touch()
+    words += ["--json-key", "body"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 78 and "x.bin: exists" in done.stderr
+    words += ["--overwrite"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0 and "going on" not in done.stderr
 
 
 def test_another_command_is_refused_with_the_difference(inputs: Path, tokenizer_dir: Path) -> None:
