@@ -53,17 +53,18 @@ def run(job: Job, num_workers: int, on_bytes: Callable[[int], object]) -> None:
         for _ in range(min(num_workers, len(job.todo)))
     ]
     seen = 0
+    counted = total.get_obj()  # without its lock, which a killed worker may hold for ever
     try:
         for worker in workers:
             worker.start()
         while any(worker.exitcode is None for worker in workers):
             time.sleep(_POLL_SECONDS)
-            now = int(total.value)
+            now = int(counted.value)
             on_bytes(now - seen)
             seen = now
             _raise_failure(workers, errors)
         _raise_failure(workers, errors)
-        on_bytes(int(total.value) - seen)
+        on_bytes(int(counted.value) - seen)
     finally:
         for worker in workers:
             if worker.pid is not None:
