@@ -79,7 +79,7 @@ def test_the_run_finds_every_index(corpus: Path, tmp_path: Path) -> None:
         printed, errors = job.communicate(timeout=200)
         assert job.returncode == 0, errors
     before = contents(cache)
-    assert sum("BlendedDataset" in name for name in before) == 6
+    assert sum("BlendedDataset" in name for name in before) == 3
     assert sum("GPTDataset-train-shuffle" in name for name in before) >= 2
     assert not [path for path in cache.iterdir() if path.is_dir()]
     alone = tmp_path / "alone"
