@@ -251,6 +251,9 @@ def test_neither_parts_nor_their_order_show(
             assert b"".join(binary for _, binary, _ in pairs) == expected[split][0][1]
             assert sum(item.documents for item, _, _ in pairs) == expected[split][0][0].documents
             assert all(item.tokens >= shard_tokens for item, _, _ in pairs[:-1])
+            for item, _, index in pairs:
+                last = np.frombuffer(index, "<i4", item.documents, token_files.HEADER.size)[-1]
+                assert item.tokens - last < shard_tokens
 
 
 def command(folder: Path, *words: str) -> list[str]:
