@@ -22,9 +22,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moa_megatron.data import containers, parts, preparing, publishing, token_files
-from moa_megatron.data.documents import Location
+from moa_megatron.data.documents import Location, ReadReport, read_slice
 from moa_megatron.data.encoding import TextEncoder
-from moa_megatron.data.inputs import list_files
+from moa_megatron.data.inputs import Slice, list_files
 from moa_megatron.data.parts import Options, Workplace
 from moa_megatron.data.tokenization import train_tokenizer
 
@@ -192,6 +192,17 @@ def test_whole_texts_in_each_container(tmp_path: Path, tokenizer_dir: Path, kind
     found, report = in_process(tmp_path, paths, tokenizer_dir, options)
     assert found[""][0][1:] == reference(["a\nb\r\n", "d"], tokenizer_dir, tmp_path / "r")
     assert dict(report.skipped) == {"invalid UTF-8": 1, "longer than --max-line-bytes": 1}
+
+
+def test_slices_of_any_size_hold_every_line_once(tmp_path: Path) -> None:
+    """Also where a slice begins exactly with a line."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl(["a", "b", "cc", "d"])[:-1])
+    (file,) = list_files([path])
+    for step in range(1, file.size + 2):
+        slices = [Slice(file, s, min(s + step, file.size)) for s in range(0, file.size, step)]
+        texts = [d.text for piece in slices for d in read_slice(piece, ReadReport())]
+        assert texts == ["a", "b", "cc", "d"], step
 
 
 def test_long_lines_leave_memory_flat(tmp_path: Path) -> None:
