@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moa_megatron.token_files import pair
+from moa_megatron.data.token_files import pair
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,6 @@ from moa_megatron import (
     batches,
     budget,
     checkpoints,
-    corpus,
     costs,
     host,
     identity,
@@ -39,6 +38,7 @@ from moa_megatron import (
     telemetry,
 )
 from moa_megatron.config import MoAConfig
+from moa_megatron.data import corpus
 from moa_megatron.op import build as build_mixture
 from moa_megatron.op import resolve_backend
 from moa_megatron.recipes import CommandLine, RefusedError
@@ -186,8 +186,10 @@ def describe(moa: MoAConfig) -> str:
     return f"{words}, {len(moa.names)} activations{gates}"
 
 
-def prepare(command: CommandLine, extra_flags: list[str]) -> Run:
+def prepare(command: CommandLine, extra_flags: list[str], mends_index: bool = False) -> Run:
     """Arguments, data, model configuration and checks of a run; creates nothing in its folder.
+
+    With `mends_index` the caller builds dataset indices, so damaged ones are no obstacle.
 
     Raises:
         RefusedError: with every violation that was found.
@@ -201,7 +203,8 @@ def prepare(command: CommandLine, extra_flags: list[str]) -> Run:
     budget.apply(args, parsed.recipe, parsed.given, partial(_parameters_without_gates, args))
     # A dry run may stand for another machine.
     has_device = command.dry_run or not host.active()
-    _refuse(preflight.check(args, moa) + profiling.problems(args, has_device))
+    problems = preflight.check(args, moa) + profiling.problems(args, has_device)
+    _refuse(problems + ([] if mends_index else preflight.index_problems(args)))
     try:
         validate_args(args, {})
         config = models.model_config(args, moa)

@@ -6,8 +6,10 @@ import argparse
 import json
 from pathlib import Path
 
-from moa_megatron import flags, layout, muon, token_files
+from moa_megatron import flags, layout, muon
 from moa_megatron.config import MoAConfig
+from moa_megatron.data import index_cache
+from moa_megatron.data.checking import check_prefix
 
 # Upstream arguments that this entry point does not serve, whatever the FFN.
 UNSERVED: dict[str, str] = {
@@ -47,7 +49,7 @@ def data_problems(args: argparse.Namespace) -> list[str]:
     problems = tokenizer_problems(args)
     for prefix in prefixes:
         try:
-            token_files.check_prefix(Path(prefix), args.vocab_size or 2**31)
+            check_prefix(Path(prefix), args.vocab_size or 2**31)
         except ValueError as error:
             problems.append(str(error))
     return problems
@@ -93,6 +95,17 @@ def _no_data(args: argparse.Namespace) -> str:
         "text)"
     )
     return "\n".join(lines)
+
+
+def index_problems(args: argparse.Namespace) -> list[str]:
+    """Dataset indices that a kill has cut; Megatron would take them for whole."""
+    if args.data_cache_path is None:
+        return []
+    return [
+        f"{problem}: Megatron would read it; remove it, or run tools/prepare_data.py "
+        "--build-index with this recipe and these flags"
+        for problem in index_cache.damaged(Path(args.data_cache_path)).values()
+    ]
 
 
 def tokenizer_problems(args: argparse.Namespace) -> list[str]:

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Turn text into the token files Megatron trains on, and say what was left out.
 
-Inputs are .jsonl files (one document a line), .txt files (one document each) and folders (one
-document for each file with --suffix). Lines that hold no text are skipped, counted and located.
+Inputs are .jsonl and .json files (one document a line) and .txt files (one document each), all of
+them also packed (.gz, .zst), and folders (one document for each file with --suffix). Lines that
+hold no text are skipped, counted and located. A command that was killed goes on when repeated.
 """
 
 import argparse
@@ -12,17 +13,16 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
-from tqdm import tqdm
+from moa_megatron.data import corpus, documents, inputs, preparing, publishing
+from moa_megatron.data.encoding import ENGINES, TextEncoder
+from moa_megatron.data.parts import Options
+from moa_megatron.data.tokenization import MIN_VOCAB_SIZE
+from moa_megatron.data.workers import WorkerDiedError
+from moa_megatron.recipes import Parser
 
-from moa_megatron import corpus, documents
-from moa_megatron.token_files import BuildReport, build_indexed, pair
-from moa_megatron.tokenization import MIN_VOCAB_SIZE, TextEncoder, train_tokenizer
-
-EXIT_STORAGE, EXIT_INPUT = 74, 78
+EXIT_FAILED, EXIT_STORAGE, EXIT_INPUT = 1, 74, 78
 
 EXAMPLES = """examples:
   # the standard library's source, tokenizer included: data for a first run
@@ -31,14 +31,16 @@ EXAMPLES = """examples:
   # own text, own tokenizer, 5 % of the documents held out
   tools/prepare_data.py books.jsonl notes.txt src/ --output data/mine \\
       --train-tokenizer 8192 --split-valid 0.05 --workers 8
+
+  # hundreds of packed shards into pairs of a billion tokens, with a given tokenizer
+  tools/prepare_data.py c4/en/*.json.gz --output data/c4 --tokenizer tokenizers/mine \\
+      --split-valid 0.001 --shard-tokens 1000000000
+
+  # the dataset indices of a run, built where no GPU waits for them
+  tools/prepare_data.py --build-index dense-0.12b --data-cache-path data/index [Megatron's flags]
+
+docs/data.md is the page for all of it.
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse leaves with 2, which no launcher of ours knows."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_INPUT, f"{self.prog}: {message}; see --help\n")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -46,8 +48,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("inputs", nargs="*", type=Path, metavar="INPUT", help=".jsonl, .txt, or a folder")
+    add("inputs", nargs="*", type=Path, metavar="INPUT", help=".jsonl, .json, .txt, or a folder")
     add("--stdlib", action="store_true", help="prepare Python's own library instead of INPUT")
+    add(
+        "--build-index",
+        nargs=argparse.REMAINDER,
+        metavar="RECIPE [FLAG ...]",
+        help="first and alone: build the dataset indices of this run; takes the run's flags",
+    )
     add(
         "--output",
         type=Path,
@@ -61,7 +69,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="VOCAB",
         help="train a byte-level BPE into PREFIX-tokenizer (with --stdlib: default 4096)",
     )
-    add("--json-key", default="text", help="key of the text in .jsonl lines (default: text)")
+    add(
+        "--tokenizer-bytes",
+        type=int,
+        default=1 << 30,
+        metavar="N",
+        help="train it on about N bytes of input, from the start of every file (default: 2^30)",
+    )
+    add("--json-key", default="text", help="key of the text in JSON lines (default: text)")
     add(
         "--suffix",
         action="append",
@@ -76,10 +91,36 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="hold out documents by hash: writes PREFIX-train and PREFIX-valid (default: 0)",
     )
     add(
+        "--shard-tokens",
+        type=int,
+        metavar="N",
+        help="write pairs PREFIX-00000, ... of N tokens each, and a file that lists them",
+    )
+    add(
         "--workers",
         type=int,
         default=len(os.sched_getaffinity(0)),
-        help="tokenizing threads (default: the cores this process may use)",
+        help="processes (default: the cores this process may use)",
+    )
+    add(
+        "--part-bytes",
+        type=int,
+        default=256 << 20,
+        metavar="N",
+        help="input to a part, the unit that a repeated command skips (default: 2^28)",
+    )
+    add(
+        "--max-line-bytes",
+        type=int,
+        default=documents.MAX_LINE_BYTES,
+        metavar="N",
+        help="skip longer lines and text files; bounds a worker's memory (default: 2^26)",
+    )
+    add(
+        "--engine",
+        choices=ENGINES,
+        default="auto",
+        help="what tokenizes: gigatoken where it is installed and agrees (default: auto)",
     )
     add("--strict", action="store_true", help="refuse input with bad lines instead of skipping")
     add(
@@ -88,120 +129,75 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=True,
         help="end each document with the tokenizer's eos_token (default: yes)",
     )
-    add("--overwrite", action="store_true", help="replace existing output")
+    add("--overwrite", action="store_true", help="replace existing output and unfinished parts")
     return parser.parse_args(argv)  # fmt: skip
 
 
-def output_prefixes(args: argparse.Namespace) -> dict[str, Path]:
-    """Prefix by split; the one of an unsplit run has the empty name."""
-    if not args.split_valid:
-        return {"": args.output}
-    # Validation first: the small one finds out in seconds that a split is empty.
-    return {name: Path(f"{args.output}-{name}") for name in ("valid", "train")}
-
-
-def check_arguments(args: argparse.Namespace) -> list[documents.SourceFile]:
-    """The input files.
+def checked_request(args: argparse.Namespace) -> preparing.Request:
+    """What the arguments ask for.
 
     Raises:
         ValueError: every violation, one a line.
     """
+    problems = value_problems(args)
+    if not args.inputs:
+        problems.append("INPUT: none given; name files or folders, or pass --stdlib")
+    if args.output is None:
+        problems.append("--output: missing; give the prefix of the files to write")
+    if (args.tokenizer is None) == (args.train_tokenizer is None):
+        problems.append("tokenizer: give one of --tokenizer DIR and --train-tokenizer VOCAB")
+    files: list[inputs.SourceFile] = []
+    try:
+        files = inputs.list_files(args.inputs, args.suffix or (".py",))
+    except ValueError as error:
+        problems.append(str(error))
+    try:
+        if args.tokenizer is not None:
+            TextEncoder(args.tokenizer, args.append_eod, args.engine)
+    except ValueError as error:
+        problems.append(str(error))
+    options = Options(
+        args.json_key, args.split_valid, args.append_eod, args.max_line_bytes, args.part_bytes
+    )
+    request = preparing.Request(
+        files, args.output or Path(), options, args.tokenizer, args.train_tokenizer,
+        args.tokenizer_bytes, args.engine, args.workers, args.strict, args.overwrite,
+        args.shard_tokens,
+    )  # fmt: skip
+    if args.output is not None:
+        found = preparing.taken(request)
+        problems += [f"{path}: exists; pass --overwrite or another --output" for path in found]
+        if args.shard_tokens and not args.split_valid and " " in str(args.output.absolute()):
+            problems.append(f"--output {args.output}: Megatron reads no blank in a list of shards")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return request
+
+
+def value_problems(args: argparse.Namespace) -> list[str]:
     problems = []
-    if args.workers < 1:
-        problems.append(f"--workers {args.workers}: must be at least 1")
+    for name in ("workers", "part_bytes", "max_line_bytes", "tokenizer_bytes", "shard_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            problems.append(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if args.train_tokenizer is not None and args.train_tokenizer < MIN_VOCAB_SIZE:
         problems.append(f"--train-tokenizer {args.train_tokenizer}: at least {MIN_VOCAB_SIZE}")
     if not 0 <= args.split_valid < 1:
         problems.append(f"--split-valid {args.split_valid}: must be in [0, 1)")
     problems += [f"--suffix {s}: must start with a dot" for s in args.suffix or () if s[:1] != "."]
-    if args.stdlib:
-        ignored = {
-            "INPUT": args.inputs, "--tokenizer": args.tokenizer, "--suffix": args.suffix,
-            "--split-valid": args.split_valid, "--strict": args.strict,
-            "--no-append-eod": not args.append_eod, "--overwrite": args.overwrite,
-        }  # fmt: skip
-        problems += [f"{name}: has no meaning with --stdlib" for name, on in ignored.items() if on]
-    elif not args.inputs:
-        problems.append("INPUT: none given; name files or folders, or pass --stdlib")
-    elif args.output is None:
-        problems.append("--output: missing; give the prefix of the files to write")
-    if not args.stdlib and (args.tokenizer is None) == (args.train_tokenizer is None):
-        problems.append("tokenizer: give one of --tokenizer DIR and --train-tokenizer VOCAB")
-    if not args.stdlib and args.output is not None and not args.overwrite:
-        taken = [path for p in output_prefixes(args).values() for path in pair(p) if path.exists()]
-        problems += [f"{path}: exists; pass --overwrite or another --output" for path in taken]
-    files: list[documents.SourceFile] = []
-    try:
-        if not args.stdlib:
-            files = documents.list_files(args.inputs, args.suffix or (".py",))
-    except ValueError as error:
-        problems.append(str(error))
-    try:
-        if args.tokenizer is not None:
-            TextEncoder(args.tokenizer, args.append_eod)
-    except ValueError as error:
-        problems.append(str(error))
-    if problems:
-        raise ValueError("\n".join(problems))
-    return files
-
-
-def read(
-    args: argparse.Namespace, files: list[documents.SourceFile], split: str, title: str
-) -> Iterator[str]:
-    """The texts of one split, under a progress bar over the bytes of all files."""
-    args.report = documents.ReadReport()
-    found = documents.read_documents(files, args.report, args.json_key, args.strict)
-    total = sum(file.size for file in files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=title) as bar:
-        for document in found:
-            bar.update(document.num_bytes)
-            held_out = documents.in_validation(document.key, args.split_valid)
-            if not split or held_out == (split == "valid"):
-                yield document.text
-
-
-def prepare(args: argparse.Namespace) -> None:
-    """Prepare what the arguments ask for, and print the report."""
-    files = check_arguments(args)
-    if args.stdlib:
-        prepare_stdlib(args)
-        return
-    if args.strict:
-        # A pass of its own, so that bad input is refused before the long work.
-        for _ in read(args, files, "", "checking"):
-            pass
-    tokenizer_dir = args.tokenizer
-    if tokenizer_dir is None:
-        tokenizer_dir = Path(f"{args.output}-tokenizer")
-        texts = read(args, files, "train" if args.split_valid else "", "tokenizer")
-        train_tokenizer(texts, args.train_tokenizer, tokenizer_dir)
-    built = {}
-    for split, prefix in output_prefixes(args).items():
-        texts = read(args, files, split, prefix.name)
-        built[split] = build_indexed(
-            texts, tokenizer_dir, prefix, args.workers, progress=False, append_eod=args.append_eod
-        )
-    print_report(built, args.report, tokenizer_dir)
-
-
-def print_report(
-    built: dict[str, BuildReport], report: documents.ReadReport, tokenizer_dir: Path
-) -> None:
-    for split, part in built.items():
-        print(
-            f"{split or 'all'}: {part.num_documents:,} documents, {part.num_tokens:,} tokens, "
-            f"{part.num_bytes:,} bytes of text in {part.prefix}.bin and {part.prefix}.idx"
-        )
-    print("\n".join(report.lines()) or "no bad lines")
-    if "" in built:
-        print_flags({"--data-path": built[""].prefix}, tokenizer_dir)
-    else:
-        paths = {f"--{split}-data-path": built[split].prefix for split in ("train", "valid")}
-        print_flags(paths, tokenizer_dir)
+    return problems
 
 
 def prepare_stdlib(args: argparse.Namespace) -> None:
+    ignored = {
+        "INPUT": args.inputs, "--tokenizer": args.tokenizer, "--suffix": args.suffix,
+        "--split-valid": args.split_valid, "--strict": args.strict,
+        "--no-append-eod": not args.append_eod, "--overwrite": args.overwrite,
+        "--shard-tokens": args.shard_tokens,
+    }  # fmt: skip
+    problems = [f"{name}: has no meaning with --stdlib" for name, on in ignored.items() if on]
+    if problems := problems + value_problems(args):
+        raise ValueError("\n".join(problems))
     data = corpus.stdlib_corpus(
         args.output or Path("data"), args.train_tokenizer or 4096, args.workers
     )
@@ -214,27 +210,61 @@ def prepare_stdlib(args: argparse.Namespace) -> None:
     print_flags(paths, data.tokenizer_dir)
 
 
+def print_result(request: preparing.Request, result: preparing.Result) -> None:
+    for split, found in result.splits.items():
+        tokens, num_documents = sum(p.tokens for p in found), sum(p.documents for p in found)
+        prefix = request.prefix(split)
+        where = f"{prefix}.bin and {prefix}.idx"
+        if request.shard_tokens:
+            where = f"{len(found)} pairs {prefix.parent / found[0].prefix}, ..."
+        print(
+            f"{split or 'all'}: {num_documents:,} documents, {tokens:,} tokens, "
+            f"{result.num_bytes[split]:,} bytes of text in {where}"
+        )
+    print("\n".join(result.report.lines()) or "no bad lines")
+    print_flags(publishing.data_flags(request.output, result.splits), result.tokenizer_dir)
+
+
 def print_flags(paths: dict[str, Path], tokenizer_dir: Path) -> None:
     flags = [word for flag, path in paths.items() for word in (flag, str(path))]
     flags += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer_dir)]
     print(f"train with: {shlex.join(flags)}")
 
 
+def run(args: argparse.Namespace) -> None:
+    if args.stdlib:
+        prepare_stdlib(args)
+    else:
+        request = checked_request(args)
+        print_result(request, preparing.prepare(request))
+
+
 def main() -> int:
-    args = parse_arguments()
+    try:
+        args = parse_arguments()
+    except ValueError as error:
+        print(f"prepare_data: refused\n{error}; see --help", file=sys.stderr)
+        return EXIT_INPUT
+    if args.build_index is not None:
+        # Late: this needs torch and Megatron, which preparing does not.
+        from moa_megatron.data import index_cache
+
+        return index_cache.main(args.build_index)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    # Megatron warns on import about GPU libraries, which preparing data does not use.
     warnings.filterwarnings("ignore")
-    # So that a batch system's stop removes the partial files.
+    # So that a batch system's stop ends the workers and removes the partial files.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        prepare(args)
+        run(args)
     except ValueError as error:
         print(f"prepare_data: refused\n{error}", file=sys.stderr)
         return EXIT_INPUT
     except OSError as error:
         print(f"prepare_data: cannot read or write: {error}", file=sys.stderr)
         return EXIT_STORAGE
+    except WorkerDiedError as error:
+        print(f"prepare_data: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0

@@ -17,17 +17,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moa_megatron import token_files, tokenization
-from moa_megatron.corpus import Corpus, stdlib_corpus
-from moa_megatron.documents import (
+from moa_megatron.data import checking, encoding, token_files
+from moa_megatron.data.checking import check_prefix
+from moa_megatron.data.corpus import Corpus, stdlib_corpus
+from moa_megatron.data.documents import (
     ReadReport,
-    SourceFile,
     in_validation,
-    list_files,
     read_documents,
 )
-from moa_megatron.token_files import build_indexed, check_prefix
-from moa_megatron.tokenization import END_OF_DOCUMENT, TextEncoder, train_tokenizer
+from moa_megatron.data.encoding import TextEncoder
+from moa_megatron.data.inputs import SourceFile, list_files
+from moa_megatron.data.token_files import build_indexed
+from moa_megatron.data.tokenization import END_OF_DOCUMENT, train_tokenizer
 
 TEXTS = [
     "def f(x):\n    return x + 1\n",
@@ -86,7 +87,9 @@ def test_jsonl_lines(
     assert found == texts
     assert dict(report.skipped) == {kind: len(lines) for kind, lines in skipped.items()}
     assert dict(report.noted) == {kind: len(lines) for kind, lines in noted.items()}
-    expected = {k: [f"{path}:{n}" for n in lines] for k, lines in (skipped | noted).items()}
+    expected = {
+        k: [(str(path), int(n), "") for n in lines] for k, lines in (skipped | noted).items()
+    }
     assert report.locations == expected
 
 
@@ -106,7 +109,8 @@ def test_whole_files(tmp_path: Path, raw: bytes, texts: list[str], located: dict
     path = tmp_path / "a.txt"
     found, report = read(path, raw)
     assert found == texts
-    assert report.locations == {kind: [f"{path}:{line}"] for kind, line in located.items()}
+    expected = {kind: [(str(path), int(line), "")] for kind, line in located.items()}
+    assert report.locations == expected
 
 
 def test_report_keeps_first_locations_and_strict_refuses(tmp_path: Path) -> None:
@@ -191,9 +195,9 @@ def test_long_texts_are_cut_without_changing_ids(
     text = "".join(rng.choices(alphabet, k=20_000))
     encoder = TextEncoder(tokenizer_dir)
     whole = encoder.encode(text)
-    monkeypatch.setattr(tokenization, "_PIECE_CHARS", 20)
-    assert len(tokenization._pieces(text)) > 300
-    assert "".join(tokenization._pieces(text)) == text
+    monkeypatch.setattr(encoding, "_PIECE_CHARS", 20)
+    assert len(encoding._pieces(text)) > 300
+    assert "".join(encoding._pieces(text)) == text
     np.testing.assert_array_equal(encoder.encode(text), whole)
 
 
@@ -274,7 +278,7 @@ def test_killed_build_leaves_no_pair_and_can_be_rerun(tmp_path: Path, tokenizer_
     )
     job.start()
     deadline = time.monotonic() + 30
-    while not any(path.stat().st_size for path in tmp_path.glob("data.*.bin.partial")):
+    while not any(path.stat().st_size for path in tmp_path.glob(".data.*/tokens")):
         assert time.monotonic() < deadline, "the build wrote nothing"
         time.sleep(0.02)
     os.kill(job.pid, signal.SIGKILL)  # type: ignore[arg-type]
@@ -314,8 +318,8 @@ def test_vocabulary_is_checked_in_files_of_any_size(
 ) -> None:
     highest = int(np.fromfile(f"{built}.bin", dtype=np.uint16).max())
     for limit in (1 << 26, 1):  # scanned in full, and sampled
-        monkeypatch.setattr(token_files, "_FULL_SCAN_TOKENS", limit)
-        monkeypatch.setattr(token_files, "_SAMPLE_TOKENS", 8)
+        monkeypatch.setattr(checking, "_FULL_SCAN_TOKENS", limit)
+        monkeypatch.setattr(checking, "_SAMPLE_TOKENS", 8)
         assert check_prefix(built, highest + 1)
         with pytest.raises(ValueError, match=f"to {highest}, the vocabulary has {highest} "):
             check_prefix(built, highest)
@@ -413,7 +417,8 @@ def test_two_processes_prepare_the_same(
 def test_import_stays_light() -> None:
     """Where the package's own `__init__` is: these modules add neither torch nor Megatron."""
     code = (
-        "import sys; import moa_megatron; before = set(sys.modules); import moa_megatron.corpus; "
+        "import sys; import moa_megatron; before = set(sys.modules); "
+        "import moa_megatron.data.corpus; "
         "added = set(sys.modules) - before; "
         "sys.exit(bool({'torch', 'megatron', 'transformers'} & added))"
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moa_megatron import identity
-from moa_megatron.token_files import pair
+from moa_megatron.data.token_files import pair
 from tests.helpers import isolated
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moa_megatron.corpus import check_prefix, train_tokenizer
+from moa_megatron.data.checking import check_prefix
+from moa_megatron.data.tokenization import train_tokenizer
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
 
@@ -62,7 +63,11 @@ def test_strict_refuses_before_writing(folder: Path) -> None:
     )
     assert done.returncode == 78 and "Traceback" not in done.stderr
     assert "2 bad lines or files" in done.stderr and "a.jsonl:41" in done.stderr
-    assert not list(folder.glob("x*"))
+    assert not list(folder.glob("x.*i*"))
+    # The parts stay: whoever accepts the report needs seconds.
+    done = run(folder, "a.jsonl", "--json-key", "body", "--output", "x", "--tokenizer", "t")
+    assert done.returncode == 0 and "going on: 1 of 1 parts" in done.stderr
+    assert done.stdout.startswith("all: 40 documents") and not (folder / "x.parts").exists()
 
 
 def test_all_violations_in_one_message(folder: Path) -> None:
@@ -83,7 +88,7 @@ def test_bad_usage_and_help(folder: Path) -> None:
     done = run(folder, "--stdlib", "a.jsonl")
     assert done.returncode == 78 and "INPUT: has no meaning with --stdlib" in done.stderr
     done = run(folder, "--help")
-    assert done.returncode == 0 and done.stdout.count("\n  tools/prepare_data.py ") == 2
+    assert done.returncode == 0 and done.stdout.count("\n  tools/prepare_data.py ") == 4
 
 
 def test_unwritable_output_is_a_storage_error(folder: Path) -> None:

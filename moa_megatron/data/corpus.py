@@ -13,15 +13,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from moa_megatron.documents import (
+from moa_megatron.data.checking import check_prefix
+from moa_megatron.data.documents import (
     ReadReport,
-    SourceFile,
     in_validation,
     read_documents,
-    walk,
 )
-from moa_megatron.token_files import build_indexed, check_prefix
-from moa_megatron.tokenization import train_tokenizer, write_text
+from moa_megatron.data.inputs import SourceFile, walk
+from moa_megatron.data.token_files import build_indexed
+from moa_megatron.data.tokenization import train_tokenizer, write_text
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Text to Megatron's token files, and what trains from them: see docs/data.md."""

@@ -1,0 +1,190 @@
+"""From input files to published token files, by way of parts that outlive a kill."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from moa_megatron.data import parts, publishing, workers
+from moa_megatron.data.containers import compression
+from moa_megatron.data.documents import ReadReport, in_validation, read_slice
+from moa_megatron.data.encoding import TextEncoder
+from moa_megatron.data.inputs import Slice, SourceFile
+from moa_megatron.data.parts import Options, Part, Record, Workplace
+from moa_megatron.data.publishing import Published
+from moa_megatron.data.token_files import pair, token_dtype
+from moa_megatron.data.tokenization import train_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One preparation. Of `tokenizer_dir` and `train_tokenizer` one is None."""
+
+    files: list[SourceFile]
+    output: Path
+    options: Options
+    tokenizer_dir: Path | None
+    train_tokenizer: int | None
+    tokenizer_bytes: int = 1 << 30
+    engine: str = "auto"
+    workers: int = 2
+    strict: bool = False
+    overwrite: bool = False
+    shard_tokens: int | None = None
+
+    def prefix(self, split: str) -> Path:
+        return Path(f"{self.output}-{split}") if split else self.output
+
+    @property
+    def workplace(self) -> Workplace:
+        return Workplace(Path(f"{self.output}.parts"))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What stands on disk: pairs by split, with the sums over all parts."""
+
+    splits: dict[str, list[Published]]
+    num_bytes: Counter[str]
+    report: ReadReport
+    tokenizer_dir: Path
+
+
+def taken(request: Request) -> list[Path]:
+    """Existing output that the request may not replace: none where it goes on after a kill."""
+    if request.overwrite or request.workplace.unfinished():
+        return []
+    prefixes = [request.prefix(split) for split in request.options.splits]
+    found = [path for prefix in prefixes for path in pair(prefix) if path.exists()]
+    manifest = publishing.manifest_path(request.output)
+    return found + [manifest] * manifest.exists()
+
+
+def prepare(request: Request) -> Result:
+    """Prepare, or finish what an earlier run of the same request began.
+
+    Raises:
+        ValueError: unfinished parts of another request, no documents, with `strict` anything that
+            was skipped (the parts stay: without `strict` they are published as they are).
+        OSError: storage; published files of before are kept.
+        WorkerDiedError: a worker was killed.
+    """
+    plan = parts.make_plan(
+        request.files, request.options, engine=request.engine,
+        train_tokenizer=request.train_tokenizer, tokenizer_bytes=request.tokenizer_bytes,
+    )  # fmt: skip
+    workplace = request.workplace
+    with workplace.locked():
+        try:
+            workplace.adopt(plan)
+        except ValueError:
+            if not request.overwrite:
+                raise
+            workplace.clear()
+            workplace.adopt(plan)
+        tokenizer_dir = request.tokenizer_dir or _trained(request)
+        sha256 = parts.tokenizer_sha256(tokenizer_dir)
+        workplace.settle_tokenizer(sha256)
+        encoder = TextEncoder(tokenizer_dir, request.options.append_eod, request.engine)
+        if request.engine == "auto" and encoder.reason:
+            logger.warning("the slower engine tokenizes: %s", encoder.reason)
+        dtype = token_dtype(encoder.vocab_size)
+        records = _finish_parts(request, tokenizer_dir, encoder.engine, dtype.itemsize)
+        report = _merged(parts.cut(request.files, request.options.part_bytes), records)
+        if request.strict:
+            report.refuse_skipped()
+        if not any(record.documents for record in records):
+            workplace.remove()  # nothing to go on with
+        # Validation first: it is small, and may turn out to be empty.
+        splits = {
+            split: publishing.publish(
+                workplace, records, split, request.prefix(split), dtype, request.shard_tokens
+            )
+            for split in request.options.splits
+        }
+        publishing.write_manifest(request.output, splits, sha256, encoder.vocab_size)
+        workplace.remove()
+    num_bytes: Counter[str] = sum((record.num_bytes for record in records), Counter())
+    return Result(splits, num_bytes, report, tokenizer_dir)
+
+
+def _trained(request: Request) -> Path:
+    """The tokenizer of this output, trained unless an earlier run has settled it."""
+    assert request.train_tokenizer is not None
+    folder = Path(f"{request.output}-tokenizer")
+    settled = request.workplace.tokenizer()
+    if settled is None or parts.tokenizer_sha256(folder) != settled:
+        train_tokenizer(_sample(request), request.train_tokenizer, folder)
+    return folder
+
+
+def _sample(request: Request) -> Iterator[str]:
+    """Training texts, from the start of every file, up to about `tokenizer_bytes` of input."""
+    total = sum(file.size for file in request.files)
+    share = min(1.0, request.tokenizer_bytes / max(total, 1))
+    with tqdm(total=int(total * share), unit="B", unit_scale=True, desc="tokenizer") as bar:
+        for file in request.files:
+            report = ReadReport()
+            documents = read_slice(
+                Slice(file, 0, file.size), report, request.options.json_key,
+                request.options.max_line_bytes,
+            )  # fmt: skip
+            for document in documents:
+                if report.num_bytes > share * file.size:
+                    break
+                if not in_validation(document.key, request.options.split_valid):
+                    yield document.text
+            bar.update(int(share * file.size))
+
+
+def _check_space(request: Request, itemsize: int) -> None:
+    sizes = {True: 0, False: 0}
+    for file in request.files:
+        sizes[bool(compression(file.path))] += file.size
+    warning = publishing.check_space(
+        request.output.absolute().parent, sizes[False], sizes[True], itemsize
+    )
+    if warning:
+        logger.warning("%s", warning)
+
+
+def _finish_parts(
+    request: Request, tokenizer_dir: Path, engine: str, itemsize: int
+) -> list[Record]:
+    cut = parts.cut(request.files, request.options.part_bytes)
+    workplace, options = request.workplace, request.options
+    found = {n: workplace.load(n, options, itemsize) for n in range(len(cut))}
+    todo = [number for number, record in found.items() if record is None]
+    if len(todo) < len(cut):
+        logger.warning(
+            "going on: %d of %d parts are finished in %s",
+            len(cut) - len(todo), len(cut), workplace.folder,
+        )  # fmt: skip
+    else:
+        _check_space(request, itemsize)
+    if todo:
+        job = workers.Job(cut, todo, workplace, options, tokenizer_dir, engine)
+        total = sum(piece.end - piece.start for number in todo for piece in cut[number])
+        with tqdm(total=total, unit="B", unit_scale=True, desc=request.output.name) as bar:
+            workers.run(job, request.workers, bar.update)
+    records = [found[n] or workplace.load(n, options, itemsize) for n in range(len(cut))]
+    missing = [str(workplace.path(n, "", "json")) for n, r in enumerate(records) if r is None]
+    if missing:
+        raise OSError(f"vanished after they were written: {', '.join(missing)}")
+    return [record for record in records if record is not None]
+
+
+def _merged(cut: list[Part], records: list[Record]) -> ReadReport:
+    """One report in the files' own lines, which a part of a cut file counts from its own start."""
+    merged, lines = ReadReport(), Counter[Path]()
+    for part, record in zip(cut, records, strict=True):
+        path = part[0].file.path
+        merged.merge(record.report, lines[path] if len(part) == 1 else 0)
+        if len(part) == 1:
+            lines[path] += record.report.num_lines
+    return merged

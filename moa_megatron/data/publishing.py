@@ -1,0 +1,212 @@
+"""Finished parts to what Megatron reads: pairs, blend files and a manifest beside them.
+
+`PREFIX.manifest.json` says which pairs belong together, how many tokens each has and which
+tokenizer made them; `blend` joins manifests to the file of one run.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moa_megatron.data.checking import check_prefix
+from moa_megatron.data.parts import Record, Workplace
+from moa_megatron.data.token_files import Piece, join, pair
+from moa_megatron.data.tokenization import write_text
+
+_SPLITS = ("train", "valid", "test")
+# Bytes of English text to a token, and of text to a compressed byte: for an estimate.
+_TEXT_PER_TOKEN, _TEXT_PER_PACKED = 4, 3.5
+
+
+@dataclass(frozen=True)
+class Published:
+    """A pair as the manifest lists it; `prefix` is relative to the manifest's folder."""
+
+    prefix: str
+    documents: int
+    tokens: int
+
+
+def manifest_path(prefix: Path) -> Path:
+    return Path(f"{prefix}.manifest.json")
+
+
+def check_space(folder: Path, text_bytes: int, packed_bytes: int, itemsize: int) -> str | None:
+    """A warning where the estimate does not fit; OSError where not even half of it does.
+
+    Parts and published pairs exist together, so every token is counted twice.
+    """
+    text = text_bytes + packed_bytes * _TEXT_PER_PACKED
+    needed = int(2 * itemsize * text / _TEXT_PER_TOKEN)
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    message = f"{folder}: {free:,} bytes free, about {needed:,} needed for parts and output"
+    if free < needed // 2:
+        raise OSError(f"{message}; free space or give another --output")
+    return message if free < needed else None
+
+
+def publish(
+    workplace: Workplace, records: Sequence[Record], split: str, prefix: Path, dtype: np.dtype,
+    shard_tokens: int | None,
+) -> list[Published]:  # fmt: skip
+    """Write a split's pair, or pairs `PREFIX-00000`, ... of `shard_tokens` tokens each.
+
+    A shard ends with the document that fills it, so the shards are the same for any parts.
+
+    Raises:
+        ValueError: the split has no documents.
+        OSError: the files cannot be written; older pairs are kept.
+    """
+    if not any(record.tokens[split] for record in records):
+        raise ValueError(f"documents: none for {prefix}; check the input paths and key")
+    shards = _shards(workplace, records, split, dtype.itemsize, shard_tokens)
+    names = [prefix]
+    if shard_tokens:
+        names = [Path(f"{prefix}-{number:05d}") for number in range(len(shards))]
+    found = []
+    for name, pieces in zip(names, shards, strict=True):
+        join(pieces, name, dtype)
+        num_documents = sum(piece.last - piece.first for piece in pieces)
+        tokens = sum(piece.stop - piece.start for piece in pieces) // dtype.itemsize
+        found.append(Published(name.name, num_documents, tokens))
+    return found
+
+
+def _shards(
+    workplace: Workplace, records: Sequence[Record], split: str, itemsize: int, limit: int | None
+) -> list[list[Piece]]:
+    """The pieces of each shard; a shard is full once it has at least `limit` tokens."""
+    shards: list[list[Piece]] = [[]]
+    filled = 0
+    for number, record in enumerate(records):
+        data, lengths = (workplace.path(number, split, kind) for kind in ("tokens", "lengths"))
+        ends = np.empty(0, np.int64)
+        if limit and record.documents[split]:
+            ends = np.cumsum(np.fromfile(lengths, dtype="<i4"), dtype=np.int64)
+        first, start = 0, 0  # in documents, in tokens
+        while first < record.documents[split]:
+            last, stop = record.documents[split], record.tokens[split]
+            if limit:
+                full = int(np.searchsorted(ends, start + limit - filled)) + 1
+                last = min(full, last)
+                stop = int(ends[last - 1])
+            shards[-1].append(Piece(data, lengths, start * itemsize, stop * itemsize, first, last))
+            filled += stop - start
+            first, start = last, stop
+            if limit and filled >= limit:
+                shards.append([])
+                filled = 0
+    return shards if shards[-1] else shards[:-1]
+
+
+def write_manifest(
+    prefix: Path, splits: dict[str, list[Published]], tokenizer_sha256: str, vocab_size: int
+) -> None:
+    """Describe what has just been published; delete pairs of an older manifest that were not."""
+    try:
+        old = json.loads(manifest_path(prefix).read_text(encoding="utf-8"))["splits"]
+    except (OSError, ValueError):
+        old = {}
+    kept = {item.prefix for found in splits.values() for item in found}
+    for item in (item for found in old.values() for item in found):
+        if item["prefix"] not in kept:
+            for path in reversed(pair(prefix.parent / item["prefix"])):
+                path.unlink(missing_ok=True)
+    state = {
+        "tokenizer_sha256": tokenizer_sha256,
+        "vocab_size": vocab_size,
+        "splits": {name: [asdict(item) for item in found] for name, found in splits.items()},
+    }
+    write_text(manifest_path(prefix), json.dumps(state, indent=1) + "\n")
+
+
+def blend(prefixes: Sequence[Path], weights: Sequence[float]) -> dict[str, list[str] | None]:
+    """Weights and pairs by split, for Megatron's `--per-split-data-args-path`.
+
+    A corpus's weight is shared among its pairs by their tokens. A corpus without a validation
+    split serves training only.
+
+    Raises:
+        ValueError: all that keeps the corpora from being one: missing or damaged files, different
+            tokenizers, weights that are not positive, no split.
+    """
+    problems = [
+        f"weight {weight} of {prefix}: must be over 0"
+        for prefix, weight in zip(prefixes, weights, strict=True)
+        if not 0 < weight < float("inf")
+    ]
+    corpora: list[tuple[Path, float, dict[str, Any]]] = []
+    for prefix, weight in zip(prefixes, weights, strict=True):
+        try:
+            state = json.loads(manifest_path(prefix).read_text(encoding="utf-8"))
+            corpora.append((prefix, weight, state))
+        except (OSError, ValueError) as error:
+            problems.append(f"{prefix}: no manifest of tools/prepare_data.py ({error})")
+    for prefix, _, state in corpora:
+        if state["tokenizer_sha256"] != corpora[0][2]["tokenizer_sha256"]:
+            problems.append(
+                f"{prefix}: made with another tokenizer ({state['tokenizer_sha256'][:12]}, "
+                f"vocabulary {state['vocab_size']}) than {corpora[0][0]} "
+                f"({corpora[0][2]['tokenizer_sha256'][:12]}, {corpora[0][2]['vocab_size']})"
+            )
+        problems += _damaged(prefix, state)
+        if "" in state["splits"]:
+            problems.append(f"{prefix}: not split; prepare it with --split-valid FRACTION")
+    if problems:
+        raise ValueError("\n".join(problems))
+    lists: dict[str, list[str] | None] = {}
+    for split in _SPLITS:
+        words: list[str] = []
+        for prefix, weight, state in corpora:
+            found = state["splits"].get(split, [])
+            words += weigh(prefix, [Published(**item) for item in found], weight)
+        lists[split] = words or None
+    return lists
+
+
+def _damaged(prefix: Path, state: dict[str, Any]) -> list[str]:
+    problems = []
+    for found in state["splits"].values():
+        for item in found:
+            name = prefix.parent / item["prefix"]
+            try:
+                if check_prefix(name, state["vocab_size"]) != item["tokens"]:
+                    problems.append(f"{name}: another number of tokens than its manifest says")
+            except ValueError as error:
+                problems.append(str(error))
+    return problems
+
+
+def weigh(prefix: Path, found: Sequence[Published], weight: float = 1.0) -> list[str]:
+    """``weight path weight path ...`` as Megatron reads it, paths absolute."""
+    total = sum(item.tokens for item in found)
+    folder = prefix.absolute().parent
+    return [
+        word
+        for item in found
+        for word in (f"{weight * item.tokens / total:.9g}", str(folder / item.prefix))
+    ]
+
+
+def data_flags(prefix: Path, splits: dict[str, list[Published]]) -> dict[str, Path]:
+    """Megatron's flags for what has been published; writes the list that several pairs need."""
+    if all(len(found) == 1 for found in splits.values()):
+        return {
+            f"--{split}-data-path" if split else "--data-path": prefix.parent / found[0].prefix
+            for split, found in sorted(splits.items())
+        }
+    words = {split: weigh(prefix, found) for split, found in splits.items()}
+    if "" in words:
+        path = Path(f"{prefix}.blend.txt")
+        write_text(path, " ".join(words[""]) + "\n")
+        return {"--data-args-path": path}
+    path = Path(f"{prefix}.blend.json")
+    write_text(path, json.dumps({split: words.get(split) for split in _SPLITS}, indent=1) + "\n")
+    return {"--per-split-data-args-path": path}
