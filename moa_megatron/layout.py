@@ -8,6 +8,68 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parallel dimensions: tensor, pipeline (with ``vpp`` parts of the model on each
+    rank), context, expert, expert tensor, data. Experts divide the ranks of a stage anew.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    dp: int = 1
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def dense_ranks(self) -> int:
+        """Ranks that hold the same part of all but experts, and sum its gradients."""
+        return self.cp * self.dp
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that hold the same experts, and sum their gradients."""
+        return self.tp * self.cp * self.dp // (self.ep * self.etp)
+
+    @property
+    def own_expert_ranks(self) -> bool:
+        """Whether experts have data-parallel ranks, buffers and optimisers of their own.
+
+        Source: the attribute ``allreduce`` in ``megatron.core.tensor_parallel.layers``.
+        """
+        return self.ep > 1 or self.etp != self.tp
+
+    def flags(self) -> list[str]:
+        """Megatron's flags for it; virtual stages are left to the caller, who knows the blocks."""
+        sizes = {
+            "tensor-model": self.tp,
+            "pipeline-model": self.pp,
+            "context": self.cp,
+            "expert-model": self.ep,
+        }
+        found = [f"--{name}-parallel-size={size}" for name, size in sizes.items() if size > 1]
+        if self.etp != self.tp:
+            found.append(f"--expert-tensor-parallel-size={self.etp}")
+        return [*found, "--sequence-parallel"] if self.tp > 1 else found
+
+    def __str__(self) -> str:
+        names = ("TP", "PP", "VPP", "CP", "EP", "ETP", "DP")
+        sizes = (self.tp, self.pp, self.vpp, self.cp, self.ep, self.etp, self.dp)
+        shown = [
+            f"{name} {size}"
+            for name, size in zip(names, sizes)
+            if size > 1 and (name != "ETP" or self.etp != self.tp)
+        ]
+        return " x ".join(shown) or "one process"
 
 
 def schedule_problems(args: argparse.Namespace) -> list[str]:
