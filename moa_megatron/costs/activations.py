@@ -95,9 +95,11 @@ class Saved:
         self.logits = 4 * moa.num_coefficients if moa.mixing == "moa" else 0
         self.recomputed = recomputed_modules(args)
 
-    def norm(self) -> float:
+    def norm(self, last: bool = False) -> float:
         """Input, which the residual connection shares, and one float32 number a token."""
         d = self.args.hidden_size
+        if "layernorm" in self.recomputed and not last:
+            return self.u * self.e * d
         return self.u * ((self.e if self.modules.fused_norm else 8) * d + 4)
 
     def norm_output(self) -> float:
@@ -120,6 +122,11 @@ class Saved:
         if "core_attn" not in self.recomputed:
             row = self.e * args.seq_length if not self.modules.flash else 4
             found += self.t * row * heads / tp
+            found += 0 if self.modules.flash else self.length * args.seq_length  # the mask
+        if "mlp" in self.recomputed and not self.modules.fused_norm:
+            # HybridModel recomputes the FFN that an attention layer has not; its input is that of
+            # the next norm, which keeps it anyway where it keeps its input.
+            found += self.norm_output() if args.hybrid_layer_pattern is not None else 0
         return found
 
     def dense(self) -> float:
@@ -168,7 +175,11 @@ class Saved:
     def head(self) -> float:
         """Last norm and its output, the float32 softmax of the logits, labels and masks."""
         vocabulary = self.args.padded_vocab_size / self.layout.tp
-        return self.norm() + self.norm_output() + self.t * (4 * vocabulary + 9)
+        return self.norm(last=True) + self.norm_output() + self.t * (4 * vocabulary + 9)
+
+    def prediction(self) -> float:
+        """What a depth of multi-token prediction has before its block: two norms, both outputs."""
+        return 2 * self.norm() + 2 * self.norm_output()
 
     def gradients(self, kind: str) -> float:
         """The largest gradients that live at once within a layer: those of fc1's output and of the
@@ -194,7 +205,9 @@ def number_bytes(args: argparse.Namespace) -> int:
 
 def recomputed_modules(args: argparse.Namespace) -> set[str]:
     """What selective recomputation drops; Megatron's default is core attention."""
-    if args.recompute_granularity != "selective" and not args.recompute_activations:
+    # Megatron's validation turns the second flag into the first.
+    short = getattr(args, "recompute_activations", False)
+    if args.recompute_granularity != "selective" and not short:
         return set()
     return set(args.recompute_modules or ["core_attn"])
 
@@ -238,7 +251,7 @@ def activations(
     head = 0.0
     if last:
         # Logits in the model's own precision live beside their float32 softmax.
-        head = len(patterns) * saved.head()
+        head = len(patterns) * saved.head() + (len(patterns) - 1) * saved.prediction()
         working = max(working, saved.t * saved.e * args.padded_vocab_size / layout.tp)
     return Activations(attention, ffn, routed, head, working)
 

@@ -139,7 +139,9 @@ def _buffer(
     args: argparse.Namespace, mine: list[Weight], ranks: int, whole: bool
 ) -> tuple[int, int]:
     """Numbers in a buffer of all ``mine``, and those that one rank's optimiser holds at most."""
-    if not args.use_distributed_optimizer:
+    # Megatron's validation replaces the first by the second where the optimiser is Muon.
+    layer_wise = getattr(args, "use_layer_wise_distributed_optimizer", False)
+    if not (args.use_distributed_optimizer or layer_wise):
         total = sum(w.numel * w.copies for w in mine)
         return total, total
     if whole:
