@@ -291,6 +291,7 @@ CHECKS = [
     "check_checkpoint_without_output",
     "check_hybrid_moe_metrics",
     "check_hybrid_final_norm",
+    "check_throughput",
     "check_distributed_optimizer",
 ]
 
