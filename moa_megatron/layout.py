@@ -62,13 +62,10 @@ class Layout:
         return [*found, "--sequence-parallel"] if self.tp > 1 else found
 
     def __str__(self) -> str:
-        names = ("TP", "PP", "VPP", "CP", "EP", "ETP", "DP")
-        sizes = (self.tp, self.pp, self.vpp, self.cp, self.ep, self.etp, self.dp)
-        shown = [
-            f"{name} {size}"
-            for name, size in zip(names, sizes)
-            if size > 1 and (name != "ETP" or self.etp != self.tp)
-        ]
+        sizes = {"TP": self.tp, "PP": self.pp, "VPP": self.vpp, "CP": self.cp, "EP": self.ep}
+        shown = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+        shown += [f"ETP {self.etp}"] if self.etp != self.tp else []
+        shown += [f"DP {self.dp}"] if self.dp > 1 else []
         return " x ".join(shown) or "one process"
 
 
@@ -121,7 +118,7 @@ def problems(args: argparse.Namespace) -> list[str]:
             )
     if not _has_own_stages(args):
         divides("the blocks", _num_blocks(args), pp, "--pipeline-model-parallel-size")
-    found += _virtual_stage_problems(args, pp)
+    found += _virtual_stage_problems(args, pp, data_parallel)
     if cp > 1:
         divides("half the sequence length", args.seq_length // 2, cp, "--context-parallel-size")
     if args.sequence_parallel:
@@ -136,7 +133,7 @@ def _num_blocks(args: argparse.Namespace) -> int | None:
     return getattr(args, "moa_num_blocks", None) or args.num_layers
 
 
-def _virtual_stage_problems(args: argparse.Namespace, pp: int) -> list[str]:
+def _virtual_stage_problems(args: argparse.Namespace, pp: int, data_parallel: int) -> list[str]:
     pattern = (args.hybrid_layer_pattern or "").split("/")[0]
     segments = pattern.count("|") + 1
     if segments > 1 and segments % pp:
@@ -144,7 +141,22 @@ def _virtual_stage_problems(args: argparse.Namespace, pp: int) -> list[str]:
             f"the layer pattern {pattern} has {segments} pipeline segments, which "
             f"--pipeline-model-parallel-size={pp} does not divide; {_choices(segments)}"
         ]
-    return []
+    names = ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")
+    if segments <= pp and not any(getattr(args, name, None) for name in names):
+        return []
+    # Interleaved stages take micro-batches in groups; source: the first checks of
+    # megatron.core.pipeline_parallel.schedules.forward_backward_pipelining_with_interleaving.
+    if not args.global_batch_size or not args.micro_batch_size or pp == 1:
+        return []
+    count = args.global_batch_size // (args.micro_batch_size * data_parallel)
+    group = getattr(args, "microbatch_group_size_per_vp_stage", None) or pp
+    if pp <= group <= count and (count % group == 0 or count % group >= pp):
+        return []
+    return [
+        f"virtual pipeline stages take micro-batches in groups of {group}, at least "
+        f"--pipeline-model-parallel-size={pp}; a step has {count} on each rank: choose batch sizes "
+        f"that give a multiple of {pp}"
+    ]
 
 
 def _has_own_stages(args: argparse.Namespace) -> bool:
