@@ -104,8 +104,15 @@ def problems(args: argparse.Namespace) -> list[str]:
         data_parallel = world // (tp * pp * cp)
     heads = args.num_attention_heads
     divides("the attention heads", heads, tp, "--tensor-model-parallel-size")
-    if args.group_query_attention:
-        divides("the query groups", args.num_query_groups, tp, "--tensor-model-parallel-size")
+    groups = args.num_query_groups if args.group_query_attention else None
+    # Fewer groups than ranks are copied: TransformerConfig asks for a multiple or a divisor.
+    if groups is not None and heads is not None and heads % groups:
+        found.append(
+            f"--num-query-groups={groups} does not divide the attention heads ({heads}); "
+            f"{_choices(heads)}"
+        )
+    if groups is not None and tp % groups:
+        divides("the query groups", groups, tp, "--tensor-model-parallel-size")
     if args.kv_channels is None and args.hidden_size and heads and args.hidden_size % heads:
         found.append(
             f"--num-attention-heads={heads} does not divide --hidden-size={args.hidden_size}"
@@ -117,7 +124,8 @@ def problems(args: argparse.Namespace) -> list[str]:
                 f"{_align(tp)}, or {_choices(width)}"
             )
     if not _has_own_stages(args):
-        divides("the blocks", _num_blocks(args), pp, "--pipeline-model-parallel-size")
+        what, total = _layers(args)
+        divides(what, total, pp, "--pipeline-model-parallel-size")
     found += _virtual_stage_problems(args, pp, data_parallel)
     if cp > 1:
         divides("half the sequence length", args.seq_length // 2, cp, "--context-parallel-size")
@@ -129,8 +137,13 @@ def problems(args: argparse.Namespace) -> list[str]:
     return found
 
 
-def _num_blocks(args: argparse.Namespace) -> int | None:
-    return getattr(args, "moa_num_blocks", None) or args.num_layers
+def _layers(args: argparse.Namespace) -> tuple[str, int | None]:
+    """What stages have equal parts of: HybridModel's layers, two a block, or GPTModel's blocks."""
+    if args.hybrid_layer_pattern:
+        return "the layers of the pattern", len(args.hybrid_layer_pattern.split("/")[0])
+    if args.num_layers is None or getattr(args, "moa_model", "hybrid") == "gpt":
+        return "the blocks", args.num_layers
+    return "the layers of the blocks, two each", 2 * args.num_layers
 
 
 def _virtual_stage_problems(args: argparse.Namespace, pp: int, data_parallel: int) -> list[str]:

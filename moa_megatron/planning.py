@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from moa_megatron import arguments, costs, derive, layout, recipes
+from moa_megatron import arguments, costs, derive, flags, layout, recipes
 from moa_megatron.config import MoAConfig
 from moa_megatron.costs.activations import ENGINE, LOCAL, Modules
 from moa_megatron.costs.gpus import GPUS, Gpu, assumed_mfu
@@ -153,8 +153,8 @@ def read(recipe: str, words: list[str]) -> Model:
     """
     command = recipes.parse_command_line([recipe, "--dry-run", *words])
     args, moa = arguments.parse(command, [])
-    flags = {flag[2:].partition("=")[0].replace("-", "_") for flag in command.flags}
-    given = frozenset(flags | {key.replace("-", "_") for key in command.settings})
+    named = {flag[2:].partition("=")[0].replace("-", "_") for flag in command.flags}
+    given = frozenset(named | {key.replace("-", "_") for key in command.settings})
     problems = []
     layers = "".join(layer_patterns(args))
     special = sorted(set(layers) - set("*-E|"))
@@ -202,7 +202,7 @@ def choices(model: Model, cluster: Cluster) -> tuple[list[Choice], dict[str, lis
             # Those of the smallest micro-batch, which divides what any other does.
             refused[str(candidate)] = problems
             continue
-        settings = itertools.product(legal, *_settings(model, candidate))
+        settings = itertools.product(legal, *_settings(model, candidate, args))
         tried = (_choice(model, cluster, candidate, args, virtual, *one) for one in settings)
         found.append(min(tried, key=lambda choice: _order(choice, cluster)))
     return sorted(found, key=lambda choice: _order(choice, cluster)), refused
@@ -285,14 +285,17 @@ def _micro_batches(model: Model) -> list[int]:
     return [size // n for n in (1, 2, 4, 8, 16, 32) if size % n == 0]
 
 
-def _settings(model: Model, place: Layout) -> tuple[tuple[str, ...], tuple[bool, ...]]:
+def _settings(
+    model: Model, place: Layout, placed: argparse.Namespace
+) -> tuple[tuple[str, ...], tuple[bool, ...]]:
     """Recomputation and sharded optimiser: what the recipe says, then what needs less memory."""
     args = model.args
     own = {"recompute_granularity", "recompute_activations"} & model.given
     levels = ("given",) if own or args.recompute_granularity else RECOMPUTE
     if args.use_distributed_optimizer:
         return levels, (True,)
-    if place.dp * place.cp == 1:
+    cut = argparse.Namespace(**{**vars(placed), "use_distributed_optimizer": True})
+    if place.dp * place.cp == 1 or flags.layer_wise_problems(cut, model.moa):
         return levels, (False,)
     # Cutting Adam's state costs nothing: its two exchanges move what the one sum moves.
     return levels, (True,) if args.optimizer == "adam" else (False, True)
