@@ -193,8 +193,6 @@ def _nothing_fits(model: Any, cluster: Any, best: Any) -> str:
     ]
     if model.given & {"micro_batch_size", "recompute_granularity", "tensor_model_parallel_size"}:
         lines.append("without your own micro-batch, recomputation and sizes more layouts are tried")
-    if model.args.micro_batch_size > 1:
-        lines.append("try --micro-batch-size 1 with --recompute-granularity full")
     trials = [(kind, cluster.gpus) for kind in GPUS if GPUS[kind].memory > cluster.gpu.memory]
     trials += [(cluster.kind, cluster.gpus * factor) for factor in _GROWTH]
     for kind, gpus in trials:
@@ -230,17 +228,19 @@ def show(plan: dict[str, Any], limit: int | None) -> list[str]:
         f"{plan['recipe']} on {plan['gpus']} {gpu['title']}, {_gb(gpu['memory'])} GB each",
         f"  parameters   {count['total']:,}, active {count['active']:,}, gates {count['gates']:,} "
         f"({count['gates'] / count['total']:.2%})",
-        f"  a token      {flops['model'] / 1e9:.3f} GFLOP in training; forward: {parts}",
+        f"  a token      {flops['model'] / 1e9:.3f} GFLOP in training; of the forward pass:",
+        f"               {parts}",
         f"  the run      {plan['steps']:,} steps, {plan['tokens'] / 1e9:.2f} B tokens, "
         f"{plan['flops']:.2e} FLOP",
-        f"  MFU          {plan['mfu']:.0%}, {plan['mfu_is']}"
+        f"  MFU          {plan['mfu']:.1%}, {plan['mfu_is']}"
         + ("; replace it by --mfu (docs/planning.md)" if plan["mfu_is"] == "assumed" else ""),
         "",
     ]
     rows = [
         ["layout", "micro", "recompute", "opt", "memory GB: states + activations = with margins"]
     ]
-    rows[0] += ["step s", "tokens/s", "run", "GPU-hours", "cost"]
+    priced = "cost" in plan["layouts"][0]
+    rows[0] += ["step s", "tokens/s", "run", "GPU-hours", *(["cost"] if priced else [])]
     for name, one in zip(plan["names"], plan["layouts"], strict=True):
         memory = one["memory"]
         states = memory["weights"] + memory["gradients"] + memory["optimizer"]
@@ -257,7 +257,7 @@ def show(plan: dict[str, Any], limit: int | None) -> list[str]:
                 f"{one['tokens_per_second']:,.0f}",
                 _duration(one["hours"]),
                 f"{one['gpu_hours']:,.0f}",
-                f"{one['cost']:,.0f}" if "cost" in one else "",
+                *([f"{one['cost']:,.0f}"] if priced else []),
             ]
         )
     lines += table(rows[: limit and limit + 1])
@@ -320,7 +320,7 @@ def show_list(rows: list[dict[str, Any]], gpu: Gpu) -> list[str]:
             *(f"{row[key]:,}" for key in ("total", "active", "gates")),
             f"{row['tokens'] / 1e9:.3g} B",
             f"{row['flops']:.2e}",
-            f"{row['mfu']:.0%}",
+            f"{row['mfu']:.1%}",
             f"{row['gpu_days']:.3g}",
         ]
         for row in rows

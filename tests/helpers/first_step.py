@@ -59,7 +59,7 @@ def attempt(words: list[str], train: bool = True) -> Verdict:
             reached = "trained"
     except Exception as error:
         if reached == "parsed" and not ours and isinstance(error, RefusedError):
-            # A refusal before ours is one of the parser, such as virtual stages that divide nothing.
+            # Before ours comes the parser's, such as virtual stages that divide nothing.
             refused = str(error)
             return ([] if refused.startswith("Megatron") else [refused]), reached, refused
         return ours, reached, f"{type(error).__name__}: {error}"

@@ -71,12 +71,16 @@ def runs(draw: Any) -> tuple[int, list[str]]:
     return world, [recipe, *SMALL, *flags, "--max-position-embeddings", "16", *words]
 
 
-def check(bench: Bench, run: tuple[int, list[str]]) -> None:
-    """Fails where our verdict and Megatron's differ."""
+def check(bench: Bench, run: tuple[int, list[str]], thorough: bool = True) -> None:
+    """Fails where our verdict and Megatron's differ.
+
+    Args:
+        thorough: train illegal runs too, where Megatron's validation lets them pass.
+    """
     world, words = run
     case = "tests.helpers.first_step:attempt"
     ours, reached, error = bench.pool.run(case, world, words=words, train=False)[0]
-    if reached == "validated":
+    if reached == "validated" and (thorough or not ours):
         try:
             verdicts = bench.pool.run(case, world, timeout=15 if ours else 60, words=words)
         except CaseFailed:
@@ -92,14 +96,15 @@ def check(bench: Bench, run: tuple[int, list[str]]) -> None:
         assert reached == "trained", f"Megatron refuses what we take: {error}"
 
 
-@settings(max_examples=25, phases=[Phase.generate], **QUIET)
+@settings(max_examples=15, phases=[Phase.generate], **QUIET)
 @given(run=runs())
 def test_verdicts_agree(bench: Bench, run: tuple[int, list[str]]) -> None:
-    check(bench, run)
+    check(bench, run, thorough=False)
 
 
 @pytest.mark.slow
-@settings(max_examples=250, phases=[Phase.generate, Phase.shrink], **QUIET)
+@pytest.mark.timeout(900)
+@settings(max_examples=60, phases=[Phase.generate], **QUIET)
 @given(run=runs())
 def test_verdicts_agree_on_many(bench: Bench, run: tuple[int, list[str]]) -> None:
     check(bench, run)

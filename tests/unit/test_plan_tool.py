@@ -125,9 +125,8 @@ def check_submit_takes_the_command() -> None:
     """The first choice passes submit.py's own dry run; Slurm's part is left out."""
     for words in (
         ("dense-0.12b", "--gpus", "16", "--mock-data"),
-        ("moe-2b", "--gpus", "8", "--mock-data", "--expert-model-parallel-size", "2"),
-        ("dense-0.12b", "--gpus", "4", "--num-layers", "8", "--pipeline-model-parallel-size", "2")
-        + ("--mock-data", "--recompute-granularity", "selective"),
+        ("moe-2b", "--gpus", "8", "--mock-data", "--pipeline-model-parallel-size", "2")
+        + ("--expert-model-parallel-size", "2", "--recompute-granularity", "selective"),
     ):
         plan = planned(*words)
         command, *local = plan["commands"]
