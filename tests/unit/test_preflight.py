@@ -50,17 +50,15 @@ def check_pattern_follows_megatron_flags() -> None:
     assert args_of("--moe-layer-freq", "2").hybrid_layer_pattern == "*E*-*E*-"
     assert args_of("--mtp-num-layers", "1").hybrid_layer_pattern == "*E*E*E*E/*E"
     virtual = args_of(
-        "--num-layers-per-virtual-pipeline-stage",
-        "1",
-        "--pipeline-model-parallel-size",
-        "2",
+        *("--num-layers-per-virtual-pipeline-stage", "1", "--micro-batch-size", "1"),
+        *("--pipeline-model-parallel-size", "2"),
         world=2,
     )
     assert virtual.hybrid_layer_pattern == "*E|*E|*E|*E"
     assert virtual.virtual_pipeline_model_parallel_size == 2
     own = args_of(
         *("--hybrid-layer-pattern", "*E*-*E*-/*-", "--num-virtual-stages-per-pipeline-rank", "2"),
-        *("--pipeline-model-parallel-size", "2"),
+        *("--pipeline-model-parallel-size", "2", "--micro-batch-size", "1"),
         world=2,
     )
     assert own.hybrid_layer_pattern == "*E|*-|*E|*-/*-"
