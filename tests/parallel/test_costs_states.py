@@ -32,7 +32,16 @@ CASES: dict[str, tuple[list[str], Layout]] = {
 # whole matrices do not divide evenly: the prediction is of the fullest rank.
 
 
-@pytest.mark.parametrize(("words", "layout"), CASES.values(), ids=CASES)
+QUICK = ("adam-bf16-sharded-ep2", "muon-bf16-sharded-ep2")
+
+
+@pytest.mark.parametrize(
+    ("words", "layout"),
+    [
+        pytest.param(*case, id=name, marks=[] if name in QUICK else [pytest.mark.slow])
+        for name, case in CASES.items()
+    ],
+)
 def test_fullest_rank(bench: Bench, words: list[str], layout: Layout) -> None:
     ranks = bench.pool.run(
         "tests.helpers.states:allocated_and_predicted",
