@@ -57,7 +57,27 @@ def problems(args: argparse.Namespace, moa: MoAConfig) -> list[str]:
         )
     if args.moa_log_interval:
         found += log_interval_problems(args)
+    found += layer_wise_problems(args, moa)
     return found + _expert_overlap_problems(args)
+
+
+def layer_wise_problems(args: argparse.Namespace, moa: MoAConfig) -> list[str]:
+    """Gates of experts, which stay on AdamW, beside Muon's matrices in a layer-wise optimiser.
+
+    Source: the assertion on expert groups in ``megatron.core.optimizer``'s emerging path.
+    """
+    tp = args.tensor_model_parallel_size
+    apart = args.expert_model_parallel_size > 1 or (args.expert_tensor_parallel_size or tp) != tp
+    if (
+        args.optimizer != "muon"
+        or not (args.use_distributed_optimizer and args.use_layer_wise_param_layout)
+        or not (args.num_experts and apart and moa.gate_scope == "expert")
+    ):
+        return []
+    return [
+        "--use-distributed-optimizer with Muon cannot cut the gates of experts that have ranks of "
+        "their own: use --moa-gate-scope layer, or add --no-use-layer-wise-param-layout"
+    ]
 
 
 def log_interval_problems(args: argparse.Namespace) -> list[str]:

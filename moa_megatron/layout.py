@@ -8,6 +8,65 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parallel dimensions: tensor, pipeline (with ``vpp`` parts of the model on each
+    rank), context, expert, expert tensor, data. Experts divide the ranks of a stage anew.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    dp: int = 1
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def dense_ranks(self) -> int:
+        """Ranks that hold the same part of all but experts, and sum its gradients."""
+        return self.cp * self.dp
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that hold the same experts, and sum their gradients."""
+        return self.tp * self.cp * self.dp // (self.ep * self.etp)
+
+    @property
+    def own_expert_ranks(self) -> bool:
+        """Whether experts have data-parallel ranks, buffers and optimisers of their own.
+
+        Source: the attribute ``allreduce`` in ``megatron.core.tensor_parallel.layers``.
+        """
+        return self.ep > 1 or self.etp != self.tp
+
+    def flags(self) -> list[str]:
+        """Megatron's flags for it; virtual stages are left to the caller, who knows the blocks."""
+        sizes = {
+            "tensor-model": self.tp,
+            "pipeline-model": self.pp,
+            "context": self.cp,
+            "expert-model": self.ep,
+        }
+        found = [f"--{name}-parallel-size={size}" for name, size in sizes.items() if size > 1]
+        if self.etp != self.tp:
+            found.append(f"--expert-tensor-parallel-size={self.etp}")
+        return [*found, "--sequence-parallel"] if self.tp > 1 else found
+
+    def __str__(self) -> str:
+        sizes = {"TP": self.tp, "PP": self.pp, "VPP": self.vpp, "CP": self.cp, "EP": self.ep}
+        shown = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+        shown += [f"ETP {self.etp}"] if self.etp != self.tp else []
+        shown += [f"DP {self.dp}"] if self.dp > 1 else []
+        return " x ".join(shown) or "one process"
 
 
 def schedule_problems(args: argparse.Namespace) -> list[str]:
@@ -45,8 +104,15 @@ def problems(args: argparse.Namespace) -> list[str]:
         data_parallel = world // (tp * pp * cp)
     heads = args.num_attention_heads
     divides("the attention heads", heads, tp, "--tensor-model-parallel-size")
-    if args.group_query_attention:
-        divides("the query groups", args.num_query_groups, tp, "--tensor-model-parallel-size")
+    groups = args.num_query_groups if args.group_query_attention else None
+    # Fewer groups than ranks are copied: TransformerConfig asks for a multiple or a divisor.
+    if groups is not None and heads is not None and heads % groups:
+        found.append(
+            f"--num-query-groups={groups} does not divide the attention heads ({heads}); "
+            f"{_choices(heads)}"
+        )
+    if groups is not None and tp % groups:
+        divides("the query groups", groups, tp, "--tensor-model-parallel-size")
     if args.kv_channels is None and args.hidden_size and heads and args.hidden_size % heads:
         found.append(
             f"--num-attention-heads={heads} does not divide --hidden-size={args.hidden_size}"
@@ -58,8 +124,9 @@ def problems(args: argparse.Namespace) -> list[str]:
                 f"{_align(tp)}, or {_choices(width)}"
             )
     if not _has_own_stages(args):
-        divides("the blocks", _num_blocks(args), pp, "--pipeline-model-parallel-size")
-    found += _virtual_stage_problems(args, pp)
+        what, total = _layers(args)
+        divides(what, total, pp, "--pipeline-model-parallel-size")
+    found += _virtual_stage_problems(args, pp, data_parallel)
     if cp > 1:
         divides("half the sequence length", args.seq_length // 2, cp, "--context-parallel-size")
     if args.sequence_parallel:
@@ -70,11 +137,16 @@ def problems(args: argparse.Namespace) -> list[str]:
     return found
 
 
-def _num_blocks(args: argparse.Namespace) -> int | None:
-    return getattr(args, "moa_num_blocks", None) or args.num_layers
+def _layers(args: argparse.Namespace) -> tuple[str, int | None]:
+    """What stages have equal parts of: HybridModel's layers, two a block, or GPTModel's blocks."""
+    if args.hybrid_layer_pattern:
+        return "the layers of the pattern", len(args.hybrid_layer_pattern.split("/")[0])
+    if args.num_layers is None or getattr(args, "moa_model", "hybrid") == "gpt":
+        return "the blocks", args.num_layers
+    return "the layers of the blocks, two each", 2 * args.num_layers
 
 
-def _virtual_stage_problems(args: argparse.Namespace, pp: int) -> list[str]:
+def _virtual_stage_problems(args: argparse.Namespace, pp: int, data_parallel: int) -> list[str]:
     pattern = (args.hybrid_layer_pattern or "").split("/")[0]
     segments = pattern.count("|") + 1
     if segments > 1 and segments % pp:
@@ -82,7 +154,22 @@ def _virtual_stage_problems(args: argparse.Namespace, pp: int) -> list[str]:
             f"the layer pattern {pattern} has {segments} pipeline segments, which "
             f"--pipeline-model-parallel-size={pp} does not divide; {_choices(segments)}"
         ]
-    return []
+    names = ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")
+    if segments <= pp and not any(getattr(args, name, None) for name in names):
+        return []
+    # Interleaved stages take micro-batches in groups; source: the first checks of
+    # megatron.core.pipeline_parallel.schedules.forward_backward_pipelining_with_interleaving.
+    if not args.global_batch_size or not args.micro_batch_size or pp == 1:
+        return []
+    count = args.global_batch_size // (args.micro_batch_size * data_parallel)
+    group = getattr(args, "microbatch_group_size_per_vp_stage", None) or pp
+    if pp <= group <= count and (count % group == 0 or count % group >= pp):
+        return []
+    return [
+        f"virtual pipeline stages take micro-batches in groups of {group}, at least "
+        f"--pipeline-model-parallel-size={pp}; a step has {count} on each rank: choose batch sizes "
+        f"that give a multiple of {pp}"
+    ]
 
 
 def _has_own_stages(args: argparse.Namespace) -> bool:

@@ -14,6 +14,7 @@ from moa_megatron.patches import (
     hybrid_final_norm,
     hybrid_moe_metrics,
     local_layer_norm,
+    throughput,
 )
 from moa_megatron.patches._registry import Patch
 
@@ -28,6 +29,7 @@ PATCHES: dict[str, Patch] = {
         hybrid_moe_metrics,
         hybrid_final_norm,
         local_layer_norm,
+        throughput,
     )
 }
 
@@ -46,7 +48,7 @@ def apply(names: Iterable[str] | None = None) -> list[str]:
     """Apply the named patches, by default all; the names of those in place afterwards.
 
     A patch whose upstream source is not the one it was written against is left out with a warning:
-    every defect here stops a run by itself, so a wrong repair is worse than none.
+    every defect here shows by itself, so a wrong repair is worse than none.
     """
     return [patch.name for patch in _chosen(names) if _registry.put(patch)]
 

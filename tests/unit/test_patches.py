@@ -164,6 +164,23 @@ def check_hybrid_moe_metrics() -> None:
         global_vars._GLOBAL_ARGS = None
 
 
+def check_throughput() -> None:
+    """Both families in full: tests/unit/test_costs_flops.py."""
+    from megatron.training import training
+
+    from moa_megatron import patches
+    from moa_megatron.costs.flops import missing_from_megatron
+    from tests.unit.test_costs import prepared
+
+    run = prepared("tiny-dense")
+    patches.undo()  # preparing a run applies all of them
+    upstream = training.num_floating_point_operations(run.args, 8)
+    with patched("throughput"):
+        found = training.num_floating_point_operations(run.args, 8)
+    missing = missing_from_megatron(run.args, run.moa)
+    assert missing > 0 and found == upstream + 8 * run.args.seq_length * missing
+
+
 def check_hybrid_final_norm() -> None:
     from megatron.core.extensions.transformer_engine import TENorm
     from megatron.core.models.hybrid import hybrid_block
@@ -274,6 +291,7 @@ CHECKS = [
     "check_checkpoint_without_output",
     "check_hybrid_moe_metrics",
     "check_hybrid_final_norm",
+    "check_throughput",
     "check_distributed_optimizer",
 ]
 

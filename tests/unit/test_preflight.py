@@ -50,17 +50,15 @@ def check_pattern_follows_megatron_flags() -> None:
     assert args_of("--moe-layer-freq", "2").hybrid_layer_pattern == "*E*-*E*-"
     assert args_of("--mtp-num-layers", "1").hybrid_layer_pattern == "*E*E*E*E/*E"
     virtual = args_of(
-        "--num-layers-per-virtual-pipeline-stage",
-        "1",
-        "--pipeline-model-parallel-size",
-        "2",
+        *("--num-layers-per-virtual-pipeline-stage", "1", "--micro-batch-size", "1"),
+        *("--pipeline-model-parallel-size", "2"),
         world=2,
     )
     assert virtual.hybrid_layer_pattern == "*E|*E|*E|*E"
     assert virtual.virtual_pipeline_model_parallel_size == 2
     own = args_of(
         *("--hybrid-layer-pattern", "*E*-*E*-/*-", "--num-virtual-stages-per-pipeline-rank", "2"),
-        *("--pipeline-model-parallel-size", "2"),
+        *("--pipeline-model-parallel-size", "2", "--micro-batch-size", "1"),
         world=2,
     )
     assert own.hybrid_layer_pattern == "*E|*-|*E|*-/*-"
@@ -129,7 +127,7 @@ def check_layout_violations_come_together() -> None:
         "3 processes cannot hold",
         "--tensor-model-parallel-size=3 does not divide the attention heads (4)",
         "choose from 1, 2, 4",
-        "--pipeline-model-parallel-size=3 does not divide the blocks (4)",
+        "--pipeline-model-parallel-size=3 does not divide the layers of the pattern (8)",
         "--expert-model-parallel-size=3 does not divide the experts (8); choose from 1, 2, 4, 8",
         "needs --sequence-parallel",
     ):
@@ -158,6 +156,18 @@ def check_layout_violations_come_together() -> None:
         "--hybrid-layer-pattern", "*E*E*E|*E", "--pipeline-model-parallel-size", "2", world=2
     )
     assert uneven.moa_num_blocks == 4
+    torn = ("--num-layers", "3", "--pipeline-model-parallel-size", "2")
+    assert args_of(*torn, world=2).hybrid_layer_pattern == "*E*E*E"
+    with refused("does not divide the blocks (3)"):
+        args_of(*torn, "--moa-model", "gpt", world=2)
+    groups = ("--group-query-attention", "--num-query-groups")
+    with refused("--num-query-groups=3 does not divide the attention heads (4)"):
+        args_of(*groups, "3")
+    copied = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
+    assert args_of(*groups, "1", *copied, world=2).num_query_groups == 1
+    stages = ("--num-layers-per-virtual-pipeline-stage", "1", "--pipeline-model-parallel-size", "2")
+    with refused("a step has 1 on each rank: choose batch sizes that give a multiple of 2"):
+        args_of(*stages, "--global-batch-size", "8", "--micro-batch-size", "8", world=2)
     with refused("--moe-router-topk=9 exceeds --num-experts=8"):
         args_of("--moe-router-topk", "9")
     with refused("does not divide the experts' width (85)"):
