@@ -1,7 +1,7 @@
-"""Which layout to train at: every legal one, whether it fits, how long it takes, in what order.
+"""Every legal layout with its best settings, in the order in which to take them.
 
 Structure is judged by ``layout.problems``, the rules that refuse a run; bytes and FLOPs by
-``costs``. What is policy and not law, ``advice`` says. MFU is measured by the user or assumed.
+``costs``; what is policy by ``policy.advice``.
 """
 
 from __future__ import annotations
@@ -13,20 +13,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from moa_megatron import arguments, costs, derive, flags, layout, recipes
-from moa_megatron.config import MoAConfig
-from moa_megatron.costs.activations import ENGINE, LOCAL, Modules
-from moa_megatron.costs.gpus import GPUS, Gpu, assumed_mfu
+from moa_megatron import costs, derive, flags, layout
 from moa_megatron.costs.memory import Memory
 from moa_megatron.costs.parameters import layer_patterns
 from moa_megatron.layout import Layout
-from moa_megatron.recipes import RefusedError
+from moa_megatron.planning.model import Cluster, Model, padded
+from moa_megatron.planning.policy import LONG_SEQUENCE, advice, step_seconds
 
-LONG_SEQUENCE = 8192
-"""Context parallelism splits only longer sequences: below, its exchanges cost more than they save
-(advice of Megatron's MoE guide)."""
 RECOMPUTE = ("none", "selective", "full")
-_CORPUS_VOCABULARY = 4096  # of the embedded corpus, whose tokenizer is trained when it is used
 _SIZES = {
     "tensor_model_parallel_size": "tp",
     "pipeline_model_parallel_size": "pp",
@@ -35,64 +29,6 @@ _SIZES = {
     "expert_tensor_parallel_size": "etp",
 }
 _VIRTUAL = ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")
-_OWN_STAGES = (
-    "pipeline_model_parallel_layout",
-    "decoder_first_pipeline_num_layers",
-    "decoder_last_pipeline_num_layers",
-)
-
-
-@dataclass(frozen=True)
-class Model:
-    """A recipe with flags, parsed: what is planned, and which settings the user has fixed."""
-
-    recipe: str
-    words: list[str]
-    args: argparse.Namespace
-    moa: MoAConfig
-    given: frozenset[str]
-
-    @property
-    def modules(self) -> Modules:
-        """Transformer Engine's, as training chooses where it can run, unless others are named."""
-        named = "transformer_impl" in self.given
-        return LOCAL if named and self.args.transformer_impl == "local" else ENGINE
-
-    @property
-    def steps(self) -> int:
-        """Steps of the whole run."""
-        samples = (self.args.train_samples or 0) // self.args.global_batch_size
-        return int(self.args.train_iters or samples)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the whole run."""
-        return self.steps * self.step_tokens
-
-    @property
-    def step_tokens(self) -> int:
-        """Tokens of a step."""
-        return int(self.args.global_batch_size * self.args.seq_length)
-
-    def flops(self) -> costs.Flops:
-        """FLOPs of a token."""
-        return costs.flops(self.args, self.moa, self.args.padded_vocab_size)
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """What is there, and the user's measurements: ``mfu`` in (0, 1], ``price`` per GPU-hour."""
-
-    gpus: int
-    kind: str
-    gpus_per_node: int = 8
-    mfu: float | None = None
-    price: float | None = None
-
-    @property
-    def gpu(self) -> Gpu:
-        """Its data sheet."""
-        return GPUS[self.kind]
 
 
 @dataclass(frozen=True)
@@ -143,46 +79,6 @@ class Choice:
             found.append(f"--recompute-num-layers={self.args.recompute_num_layers}")
         names = {name.replace("_", "-") for name in given}
         return [flag for flag in found if flag.lstrip("-").partition("=")[0] not in names]
-
-
-def read(recipe: str, words: list[str]) -> Model:
-    """Parses recipe and flags as training does; needs Megatron to be importable.
-
-    Raises:
-        RefusedError: what training would refuse of them, and what cannot be planned.
-    """
-    command = recipes.parse_command_line([recipe, "--dry-run", *words])
-    args, moa = arguments.parse(command, [])
-    named = {flag[2:].partition("=")[0].replace("-", "_") for flag in command.flags}
-    given = frozenset(named | {key.replace("-", "_") for key in command.settings})
-    problems = []
-    layers = "".join(layer_patterns(args))
-    special = sorted(set(layers) - set("*-E|"))
-    if special:
-        problems.append(f"--hybrid-layer-pattern: layers {' '.join(special)} cannot be planned")
-    own = [f"--{name.replace('_', '-')}" for name in _OWN_STAGES if getattr(args, name)]
-    problems += [f"{flag} cannot be planned: stages are equal here" for flag in own]
-    if args.optimizer not in ("adam", "sgd", "muon"):
-        problems.append(f"--optimizer {args.optimizer} cannot be planned: use adam, sgd or muon")
-    if args.multi_latent_attention:
-        problems.append("--multi-latent-attention cannot be planned")
-    if args.vocab_size is None and args.moa_corpus == "stdlib":
-        args.vocab_size = _CORPUS_VOCABULARY
-    if args.vocab_size is None:
-        problems.append("the size of the vocabulary is not known: add --vocab-size N")
-    if args.global_batch_size is None or args.micro_batch_size is None:
-        problems.append("batch sizes are not known: add --micro-batch-size, --global-batch-size")
-    if not (args.train_iters or args.train_samples):
-        problems.append("the length of the run is not known: add --train-iters N")
-    if problems:
-        raise RefusedError("\n".join(problems))
-    args.padded_vocab_size = _padded(args, 1)
-    return Model(recipe, words, args, moa, given)
-
-
-def _padded(args: argparse.Namespace, tp: int) -> int:
-    multiple = args.make_vocab_size_divisible_by * tp
-    return int(-(-args.vocab_size // multiple) * multiple)
 
 
 def choices(model: Model, cluster: Cluster) -> tuple[list[Choice], dict[str, list[str]]]:
@@ -267,7 +163,7 @@ def _at(
         setattr(placed, name, getattr(sizes, short))
     placed.world_size = sizes.world_size
     placed.sequence_parallel = sizes.tp > 1
-    placed.padded_vocab_size = _padded(args, sizes.tp)
+    placed.padded_vocab_size = padded(args, sizes.tp)
     if virtual is not None:
         placed.num_layers_per_virtual_pipeline_stage = virtual
         derive.pattern(placed)
@@ -324,50 +220,6 @@ def _choice(
     return Choice(
         place, args, recompute, sharded, virtual, memory, seconds, advice(args, place, cluster)
     )
-
-
-def advice(args: argparse.Namespace, place: Layout, cluster: Cluster) -> tuple[str, ...]:
-    """Why a legal layout is not a good one: topology and policy."""
-    found, node = [], cluster.gpus_per_node
-    if place.tp * place.cp > node and place.tp > 1:
-        found.append(f"tensor and context parallelism leave the node of {node} GPUs")
-    if place.ep * place.etp > node:
-        found.append(f"experts are exchanged between nodes: EP x ETP exceeds {node} GPUs")
-    if place.cp > 1 and args.seq_length < LONG_SEQUENCE:
-        found.append(f"context parallelism for sequences below {LONG_SEQUENCE}")
-    if place.pp > 1 and place.world_size <= node:
-        found.append("pipeline stages within a node: idle time that tensor parallelism has not")
-    return tuple(found)
-
-
-def step_seconds(model: Model, cluster: Cluster, place: Layout, args: argparse.Namespace) -> float:
-    """Predicted time of a step: model FLOPs over peak rate and MFU.
-
-    A measured MFU already holds what its layout costs. To the assumed one are added recomputed
-    FLOPs and the idle share of the pipeline, (pp - 1) / (micro-batches x vpp) of a step.
-    """
-    flops, fp8 = model.flops(), bool(args.fp8)
-    work = flops.model * model.step_tokens
-    mfu = cluster.mfu
-    if mfu is None:
-        mfu = assumed_mfu(cluster.gpu, bool(args.num_experts), fp8)
-        work *= 1 + recomputed(flops, args) / flops.training
-        count = args.global_batch_size // (args.micro_batch_size * place.dp)
-        work *= 1 + (place.pp - 1) / (count * place.vpp)
-    return float(work / (cluster.gpus * cluster.gpu.peak(fp8) * mfu))
-
-
-def recomputed(flops: costs.Flops, args: argparse.Namespace) -> float:
-    """FLOPs of a token that the backward pass repeats, apart from norms and activations."""
-    if args.recompute_granularity == "full":
-        return flops.forward - flops.head - flops.prediction
-    modules = set(args.recompute_modules or ["core_attn"])
-    if args.recompute_granularity != "selective":
-        return 0.0
-    found = flops.attention if "core_attn" in modules else 0.0
-    if modules & {"mlp", "moe"}:
-        found += flops.ffn + flops.gates + flops.mixture + flops.router
-    return found
 
 
 def _divisors(number: int) -> list[int]:
