@@ -119,6 +119,7 @@ def test_other_data_is_refused_unless_accepted(finished: Outcome, tmp_path: Path
 
 def test_settings_come_back_from_the_checkpoint(finished: Outcome, tmp_path: Path) -> None:
     load = ["--load", str(finished.folder / "checkpoints"), "--use-checkpoint-args", "--mock-data"]
+    load += ["--use-checkpoint-opt-param-scheduler"]
     again = pretrain(tmp_path / "again", "tiny-dense", *load, "--dry-run")
     assert again.code == 0, "the recipe is dense, the checkpoint is not"
     assert "HybridModel, 2 blocks, width 32, 8 experts top-2" in again.output

@@ -34,7 +34,8 @@ def check_answers_are_those_of_the_flags() -> None:
         command = recipes.parse_command_line(
             ["tiny-moe", "--run-dir", "unused", *([] if kitchen else words)]
         )
-        args, moa = arguments.parse(command, host.HOST_ARGS)
+        parsed = arguments.parse(command, host.HOST_ARGS)
+        args, moa = parsed.args, parsed.moa
         args.use_kitchen = kitchen
         for module, answer in zip(("local", "transformer_engine"), answers, strict=True):
             args.transformer_impl = module
@@ -62,9 +63,10 @@ def check_each_forbidden_flag_alone_is_refused() -> None:
     host.install()
     from moa_megatron import arguments, flags, recipes
 
-    args, moa = arguments.parse(
+    parsed = arguments.parse(
         recipes.parse_command_line(["tiny-moe", "--run-dir", "unused"]), host.HOST_ARGS
     )
+    args, moa = parsed.args, parsed.moa
     assert flags.problems(args, moa) == []
     for name in flags.FORBIDDEN:
         before = getattr(args, name, None)
