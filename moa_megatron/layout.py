@@ -141,8 +141,13 @@ def _layers(args: argparse.Namespace) -> tuple[str, int | None]:
     """What stages have equal parts of: HybridModel's layers, two a block, or GPTModel's blocks."""
     if args.hybrid_layer_pattern:
         return "the layers of the pattern", len(args.hybrid_layer_pattern.split("/")[0])
-    if args.num_layers is None or getattr(args, "moa_model", "hybrid") == "gpt":
-        return "the blocks", args.num_layers
+    if args.num_layers is None:
+        return "the blocks", None
+    if getattr(args, "moa_model", "hybrid") == "gpt":
+        # Megatron may count the embedding and the loss as a block each.
+        names = ("embedding", "loss")
+        flags = [f"account_for_{name}_in_pipeline_split" for name in names]
+        return "the blocks", args.num_layers + sum(bool(getattr(args, f, None)) for f in flags)
     return "the layers of the blocks, two each", 2 * args.num_layers
 
 
@@ -154,8 +159,7 @@ def _virtual_stage_problems(args: argparse.Namespace, pp: int, data_parallel: in
             f"the layer pattern {pattern} has {segments} pipeline segments, which "
             f"--pipeline-model-parallel-size={pp} does not divide; {_choices(segments)}"
         ]
-    names = ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")
-    if segments <= pp and not any(getattr(args, name, None) for name in names):
+    if segments <= pp and not _asks_for_virtual_stages(args, pp):
         return []
     # Interleaved stages take micro-batches in groups; source: the first checks of
     # megatron.core.pipeline_parallel.schedules.forward_backward_pipelining_with_interleaving.
@@ -172,6 +176,15 @@ def _virtual_stage_problems(args: argparse.Namespace, pp: int, data_parallel: in
     ]
 
 
+def _asks_for_virtual_stages(args: argparse.Namespace, pp: int) -> bool:
+    """Whether flags cut a rank's blocks; a virtual stage as large as a whole one does not."""
+    per_rank = getattr(args, "num_virtual_stages_per_pipeline_rank", None)
+    size = getattr(args, "num_layers_per_virtual_pipeline_stage", None)
+    if per_rank is not None:
+        return int(per_rank) > 1
+    return size is not None and (args.num_layers is None or size * pp != args.num_layers)
+
+
 def _has_own_stages(args: argparse.Namespace) -> bool:
     return bool(
         "|" in (args.hybrid_layer_pattern or "")
@@ -184,7 +197,10 @@ def _has_own_stages(args: argparse.Namespace) -> bool:
 def _dense_widths(args: argparse.Namespace) -> list[int | None]:
     """Widths of the FFNs that tensor parallelism splits: dense blocks and shared experts."""
     pattern = args.hybrid_layer_pattern
-    all_moe = "-" not in pattern if pattern else args.moe_layer_freq == 1
+    every = args.moe_layer_freq
+    all_moe = (
+        "-" not in pattern if pattern else (all(every) if isinstance(every, list) else every == 1)
+    )
     if args.num_experts is None:
         return [args.ffn_hidden_size]
     shared = args.moe_shared_expert_intermediate_size
@@ -195,6 +211,11 @@ def _batch_problems(args: argparse.Namespace, data_parallel: int) -> list[str]:
     micro = args.micro_batch_size
     if micro is None or micro < 1:
         return [f"--micro-batch-size={micro}: must be at least 1"]
+    if any(
+        getattr(args, name, None)
+        for name in ("decrease_batch_size_if_needed", "step_batch_size_schedule")
+    ):
+        return []  # Megatron rounds the size down, or takes others
     problems = []
     for flag, value, size in (
         ("--global-batch-size", args.global_batch_size, micro),
