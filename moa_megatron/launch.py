@@ -199,7 +199,7 @@ def prepare(command: CommandLine, extra_flags: list[str], mends_index: bool = Fa
     if args.tensorboard_dir is None:
         args.tensorboard_dir = str(command.run_dir / "tensorboard")
     data = _choose_data(args)
-    _pad_vocabulary(args)
+    _pad_vocabulary(args, parsed.given)
     budget.apply(args, parsed.recipe, parsed.given, partial(_parameters_without_gates, args))
     # A dry run may stand for another machine.
     has_device = command.dry_run or not host.active()
@@ -285,12 +285,16 @@ def _choose_data(args: argparse.Namespace) -> str:
     return f"{found.description}, sha256 {found.sha256[:12]}"
 
 
-def _pad_vocabulary(args: argparse.Namespace) -> None:
-    """Sizes of the vocabulary, which Megatron would find only when it loads the tokenizer."""
-    if args.vocab_size is None and args.tokenizer_model is not None:
+def _pad_vocabulary(args: argparse.Namespace, given: set[str]) -> None:
+    """Sizes of the vocabulary, which Megatron would find only when it loads the tokenizer.
+
+    A recipe's size, which keeps the paper's count of parameters, holds for tokenizers up to it.
+    """
+    if args.tokenizer_model is not None and "vocab_size" not in given:
         file = Path(args.tokenizer_model) / "tokenizer.json"
         if file.is_file():
-            args.vocab_size = Tokenizer.from_file(str(file)).get_vocab_size()
+            size = Tokenizer.from_file(str(file)).get_vocab_size()
+            args.vocab_size = max(size, args.vocab_size or 0)
     if args.padded_vocab_size is None and args.vocab_size is not None:
         args.padded_vocab_size = calculate_padded_vocab_size(
             args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size

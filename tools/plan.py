@@ -195,7 +195,9 @@ def _nothing_fits(model: Any, cluster: Any, best: Any) -> str:
     if model.given & {"micro_batch_size", "recompute_granularity", "tensor_model_parallel_size"}:
         lines.append("without your own micro-batch, recomputation and sizes more layouts are tried")
     trials = [(kind, cluster.gpus) for kind in GPUS if GPUS[kind].memory > cluster.gpu.memory]
-    trials += [(cluster.kind, cluster.gpus * factor) for factor in _GROWTH]
+    whole = [cluster.gpus * factor for factor in _GROWTH]
+    node = cluster.gpus_per_node
+    trials += [(cluster.kind, gpus) for gpus in whole if gpus <= node or gpus % node == 0]
     for kind, gpus in trials:
         other = dataclasses.replace(cluster, kind=kind, gpus=gpus)
         choices, _ = planning.choices(model, other)

@@ -35,7 +35,8 @@ def check_prefix(prefix: Path, vocab_size: int) -> int:
     if low < 0 or high >= vocab_size:
         raise ValueError(
             f"data prefix {prefix}: token ids reach from {low} to {high}, the vocabulary has "
-            f"{vocab_size} (0 to {vocab_size - 1}); train with the tokenizer that made the data"
+            f"{vocab_size} (0 to {vocab_size - 1}); train with the tokenizer that made the data, "
+            "and without a smaller --vocab-size"
         )
     return num_tokens
 

@@ -124,22 +124,27 @@ def _trained(request: Request) -> Path:
 
 
 def _sample(request: Request) -> Iterator[str]:
-    """Training texts, from the start of every file, up to about `tokenizer_bytes` of input."""
-    total = sum(file.size for file in request.files)
-    share = min(1.0, request.tokenizer_bytes / max(total, 1))
-    with tqdm(total=int(total * share), unit="B", unit_scale=True, desc="tokenizer") as bar:
-        for file in request.files:
-            report = ReadReport()
+    """Training texts from the start of every file, about `tokenizer_bytes` of text in all."""
+    left, files = request.tokenizer_bytes, len(request.files)
+    with tqdm(total=left, unit="B", unit_scale=True, desc="tokenizer") as bar:
+        for number, file in enumerate(request.files):
+            # What small files leave goes to the rest.
+            share = max(1, left // (files - number))
+            taken = 0
             documents = read_slice(
-                Slice(file, 0, file.size), report, request.options.json_key,
+                Slice(file, 0, file.size), ReadReport(), request.options.json_key,
                 request.options.max_line_bytes,
             )  # fmt: skip
             for document in documents:
-                if report.num_bytes > share * file.size:
-                    break
                 if not in_validation(document.key, request.options.split_valid):
                     yield document.text
-            bar.update(int(share * file.size))
+                    taken += document.num_bytes
+                    if taken >= share:
+                        break
+            left -= taken
+            bar.update(taken)
+            if left <= 0:
+                return
 
 
 def _check_space(request: Request, itemsize: int) -> None:

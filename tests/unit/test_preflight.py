@@ -197,6 +197,28 @@ def check_tokenizer_problems() -> None:
         prepare("--tokenizer-type", "NullTokenizer", "--vocab-size", "64")
 
 
+def check_a_larger_tokenizer_raises_the_recipes_vocabulary() -> None:
+    from tokenizers import Tokenizer, models
+
+    from moa_megatron import launch
+
+    common = {"make_vocab_size_divisible_by": 16, "tensor_model_parallel_size": 1}
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary = {f"w{i}": i for i in range(60_000)}
+        Tokenizer(models.WordLevel(vocabulary, "w0")).save(f"{folder}/tokenizer.json")
+        for stated, given, size in (
+            (50304, set(), 60_000),
+            (70_000, set(), 70_000),
+            (None, set(), 60_000),
+            (50304, {"vocab_size"}, 50304),
+        ):
+            args = argparse.Namespace(
+                tokenizer_model=folder, vocab_size=stated, padded_vocab_size=None, **common
+            )
+            launch._pad_vocabulary(args, given)
+            assert args.vocab_size == size and args.padded_vocab_size >= size
+
+
 def check_data_problems() -> None:
     with refused("/nowhere/x"):
         prepare(

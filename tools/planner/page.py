@@ -53,7 +53,7 @@ def show(plan: dict[str, Any], limit: int | None) -> list[str]:
         ["layout", "micro", "recompute", "opt", "memory GB: states + activations = with margins"]
     ]
     priced = "cost" in plan["layouts"][0]
-    rows[0] += ["step s", "tokens/s", "run", "GPU-hours", *(["cost"] if priced else [])]
+    rows[0] += ["step s*", "tokens/s", "run", "GPU-hours", *(["cost"] if priced else [])]
     for name, one in zip(plan["names"], plan["layouts"], strict=True):
         memory = one["memory"]
         states = memory["weights"] + memory["gradients"] + memory["optimizer"]
@@ -74,6 +74,7 @@ def show(plan: dict[str, Any], limit: int | None) -> list[str]:
             ]
         )
     lines += table(rows[: limit and limit + 1])
+    lines.append("* from MFU alone: time of communication between GPUs is not modelled")
     if limit and len(rows) > limit + 1:
         lines.append(f"... and {len(rows) - limit - 1} more legal layouts (--all)")
     lines += ["", f"first choice: {plan['names'][0]}, {_reason(plan)}"]
