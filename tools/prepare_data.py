@@ -15,7 +15,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from moa_megatron.data import corpus, documents, inputs, preparing, publishing
+from moa_megatron.data import corpus, documents, inputs, preparing
 from moa_megatron.data.encoding import ENGINES, TextEncoder
 from moa_megatron.data.parts import Options
 from moa_megatron.data.tokenization import MIN_VOCAB_SIZE
@@ -222,7 +222,7 @@ def print_result(request: preparing.Request, result: preparing.Result) -> None:
             f"{result.num_bytes[split]:,} bytes of text in {where}"
         )
     print("\n".join(result.report.lines()) or "no bad lines")
-    print_flags(publishing.data_flags(request.output, result.splits), result.tokenizer_dir)
+    print_flags(result.flags, result.tokenizer_dir)
 
 
 def print_flags(paths: dict[str, Path], tokenizer_dir: Path) -> None:

@@ -64,6 +64,11 @@ def list_files(inputs: Sequence[Path], suffixes: Sequence[str] = (".py",)) -> li
             )
         else:
             files.append(SourceFile(source, source.name, source.stat().st_size))
+    named_once: set[Path] = set()
+    for file in files:
+        if (path := file.path.absolute()) in named_once:
+            problems.append(f"{file.path}: named twice; its documents would be there twice")
+        named_once.add(path)
     problems += [f"{f.path}: no read permission" for f in files if not os.access(f.path, os.R_OK)]
     for package in sorted({p for f in files if (p := containers.missing_package(f.path))}):
         named = next(f.path for f in files if containers.missing_package(f.path) == package)

@@ -181,7 +181,9 @@ class Workplace:
     def clear(self) -> None:
         """Forget the plan and all parts; the lock stays."""
         for path in self.folder.iterdir():
-            if path.name != "lock":
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
                 path.unlink(missing_ok=True)
 
     def remove(self) -> None:
@@ -195,7 +197,10 @@ def make_plan(files: Sequence[SourceFile], options: Options, **more: object) -> 
         "format": _FORMAT,
         **dataclasses.asdict(options),
         **more,
-        "files": {str(f.path.absolute()): [f.size, f.path.stat().st_mtime_ns] for f in files},
+        "files": [
+            [str(f.path.absolute()), f.key, (now := f.path.stat()).st_size, now.st_mtime_ns]
+            for f in files
+        ],
     }
 
 
@@ -209,6 +214,11 @@ def tokenizer_sha256(tokenizer_dir: Path) -> str:
     return digest.hexdigest()
 
 
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two plans, a line each."""
+    return _differences(old, json.loads(json.dumps(new)))
+
+
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     names = [name for name in {**old, **new} if name != "files"]
     lines = [
@@ -216,13 +226,17 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for name in names
         if old.get(name) != new.get(name)
     ]
-    before, now = old.get("files", {}), new["files"]
+    listed, given = (
+        [tuple(item) for item in plan["files"]] if isinstance(plan.get("files"), list) else []
+        for plan in (old, new)
+    )
+    before, now = ({path: rest for path, *rest in files} for files in (listed, given))
     for path in sorted({**before, **now}):
         if before.get(path) == now.get(path):
             continue
         what = "not given now" if path not in now else "new" if path not in before else "changed"
         lines.append(f"  input {path}: {what}")
-    if list(before) != list(now) and set(before) == set(now):
+    if listed != given and before == now:
         lines.append("  input files: in another order")
     return lines
 

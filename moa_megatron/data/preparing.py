@@ -1,10 +1,12 @@
 """From input files to published token files, by way of parts that outlive a kill."""
 
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -14,7 +16,7 @@ from moa_megatron.data.documents import ReadReport, in_validation, read_slice
 from moa_megatron.data.encoding import TextEncoder
 from moa_megatron.data.inputs import Slice, SourceFile
 from moa_megatron.data.parts import Options, Part, Record, Workplace
-from moa_megatron.data.publishing import Published
+from moa_megatron.data.publishing import Publication, Published
 from moa_megatron.data.token_files import pair, token_dtype
 from moa_megatron.data.tokenization import train_tokenizer
 
@@ -41,18 +43,24 @@ class Request:
         return Path(f"{self.output}-{split}") if split else self.output
 
     @property
+    def own_tokenizer(self) -> Path:
+        """Where a tokenizer that is trained for this output goes, with its pairs."""
+        return Path(f"{self.output}-tokenizer")
+
+    @property
     def workplace(self) -> Workplace:
         return Workplace(Path(f"{self.output}.parts"))
 
 
 @dataclass(frozen=True)
 class Result:
-    """What stands on disk: pairs by split, with the sums over all parts."""
+    """What stands on disk: pairs by split, with the sums over all parts, and flags to train."""
 
     splits: dict[str, list[Published]]
     num_bytes: Counter[str]
     report: ReadReport
     tokenizer_dir: Path
+    flags: dict[str, Path]
 
 
 def taken(request: Request) -> list[Path]:
@@ -61,24 +69,22 @@ def taken(request: Request) -> list[Path]:
         return []
     prefixes = [request.prefix(split) for split in request.options.splits]
     found = [path for prefix in prefixes for path in pair(prefix) if path.exists()]
-    manifest = publishing.manifest_path(request.output)
-    return found + [manifest] * manifest.exists()
+    others = [publishing.manifest_path(request.output)]
+    others += [] if request.train_tokenizer is None else [request.own_tokenizer]
+    return found + [path for path in others if path.exists()]
 
 
 def prepare(request: Request) -> Result:
     """Prepare, or finish what an earlier run of the same request began.
 
     Raises:
-        ValueError: unfinished parts of another request, no documents, with `strict` anything that
-            was skipped (the parts stay: without `strict` they are published as they are).
+        ValueError: unfinished parts of another request, input that changed meanwhile, no documents,
+            with `strict` anything that was skipped (the parts stay: without `strict` they are
+            published as they are).
         OSError: storage; published files of before are kept.
         WorkerDiedError: a worker was killed.
     """
-    plan = parts.make_plan(
-        request.files, request.options, engine=request.engine,
-        train_tokenizer=request.train_tokenizer, tokenizer_bytes=request.tokenizer_bytes,
-    )  # fmt: skip
-    workplace = request.workplace
+    workplace, plan = request.workplace, _plan(request)
     with workplace.locked():
         try:
             workplace.adopt(plan)
@@ -93,30 +99,46 @@ def prepare(request: Request) -> Result:
         encoder = TextEncoder(tokenizer_dir, request.options.append_eod, request.engine)
         if request.engine == "auto" and encoder.reason:
             logger.warning("the slower engine tokenizes: %s", encoder.reason)
-        dtype = token_dtype(encoder.vocab_size)
-        records = _finish_parts(request, tokenizer_dir, encoder.engine, dtype.itemsize)
+        output = Publication(
+            request.output, request.options.splits, token_dtype(encoder.vocab_size),
+            encoder.vocab_size, sha256, request.shard_tokens, request.options.split_valid,
+        )  # fmt: skip
+        records = _finish_parts(request, tokenizer_dir, encoder.engine, output.dtype.itemsize)
+        if changed := parts.changes(plan, _plan(request)):
+            raise ValueError(
+                "input changed while it was read; pass --overwrite once it is still:\n"
+                + "\n".join(changed)
+            )
         report = _merged(parts.cut(request.files, request.options.part_bytes), records)
         if request.strict:
             report.refuse_skipped()
-        if not any(record.documents for record in records):
-            workplace.remove()  # nothing to go on with
-        # Validation first: it is small, and may turn out to be empty.
-        splits = {
-            split: publishing.publish(
-                workplace, records, split, request.prefix(split), dtype, request.shard_tokens
-            )
-            for split in request.options.splits
-        }
-        publishing.write_manifest(request.output, splits, sha256, encoder.vocab_size)
+        empty = [s for s in output.splits if not any(record.documents[s] for record in records)]
+        try:
+            splits = publishing.publish(workplace, records, output)
+        except ValueError:
+            if empty:
+                workplace.remove()  # nothing to go on with
+            raise
+        if request.train_tokenizer is not None:
+            shutil.copytree(tokenizer_dir, request.own_tokenizer, dirs_exist_ok=True)
         workplace.remove()
     num_bytes: Counter[str] = sum((record.num_bytes for record in records), Counter())
-    return Result(splits, num_bytes, report, tokenizer_dir)
+    flags = publishing.data_flags(output, splits)
+    final_dir = request.tokenizer_dir or request.own_tokenizer
+    return Result(splits, num_bytes, report, final_dir, flags)
+
+
+def _plan(request: Request) -> dict[str, Any]:
+    return parts.make_plan(
+        request.files, request.options, engine=request.engine,
+        train_tokenizer=request.train_tokenizer, tokenizer_bytes=request.tokenizer_bytes,
+    )  # fmt: skip
 
 
 def _trained(request: Request) -> Path:
-    """The tokenizer of this output, trained unless an earlier run has settled it."""
+    """The tokenizer of this output, trained beside the parts unless that has been settled."""
     assert request.train_tokenizer is not None
-    folder = Path(f"{request.output}-tokenizer")
+    folder = request.workplace.folder / "tokenizer"
     settled = request.workplace.tokenizer()
     if settled is None or parts.tokenizer_sha256(folder) != settled:
         train_tokenizer(_sample(request), request.train_tokenizer, folder)

@@ -1,10 +1,13 @@
 """Finished parts to what Megatron reads: pairs, blend files and a manifest beside them.
 
+Everything is written beside the parts first and then moved, so that older output stays whole until
+its successor is, and a kill at any moment leaves something that the same command finishes.
 `PREFIX.manifest.json` says which pairs belong together, how many tokens each has and which
 tokenizer made them; `blend` joins manifests to the file of one run.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -52,31 +55,99 @@ def check_space(folder: Path, text_bytes: int, packed_bytes: int, itemsize: int)
     return message if free < needed else None
 
 
-def publish(
-    workplace: Workplace, records: Sequence[Record], split: str, prefix: Path, dtype: np.dtype,
-    shard_tokens: int | None,
-) -> list[Published]:  # fmt: skip
-    """Write a split's pair, or pairs `PREFIX-00000`, ... of `shard_tokens` tokens each.
+@dataclass(frozen=True)
+class Publication:
+    """One output: where it goes, and what decides its files."""
 
-    A shard ends with the document that fills it, so the shards are the same for any parts.
+    prefix: Path
+    splits: tuple[str, ...]
+    dtype: np.dtype
+    vocab_size: int
+    tokenizer_sha256: str
+    shard_tokens: int | None = None
+    held_out: float = 0.0
+
+    def path(self, split: str) -> Path:
+        return Path(f"{self.prefix}-{split}") if split else self.prefix
+
+    @property
+    def blends(self) -> tuple[Path, Path]:
+        """The lists of several pairs: of unsplit data, and by split."""
+        return Path(f"{self.prefix}.blend.txt"), Path(f"{self.prefix}.blend.json")
+
+
+def publish(
+    workplace: Workplace, records: Sequence[Record], output: Publication
+) -> dict[str, list[Published]]:
+    """Write all pairs, then give them their names, with blend file and manifest last.
+
+    With ``shard_tokens`` pairs are `PREFIX-00000`, ... of that many tokens each. A shard ends with
+    the document that fills it, so the shards are the same for any parts.
 
     Raises:
-        ValueError: the split has no documents.
-        OSError: the files cannot be written; older pairs are kept.
+        ValueError: a split has no documents.
+        OSError: the files cannot be written; older output is kept.
     """
+    staged = workplace.folder / "ready"
+    shutil.rmtree(staged, ignore_errors=True)
+    splits = {split: _write(workplace, records, split, output, staged) for split in output.splits}
+    old = _listed(output.prefix)
+    for path in (manifest_path(output.prefix), *output.blends):
+        path.unlink(missing_ok=True)
+    names = [item.prefix for found in splits.values() for item in found]
+    for name in names:
+        final_bin, final_idx = pair(output.prefix.parent / name)
+        new_bin, new_idx = pair(staged / name)
+        final_idx.unlink(missing_ok=True)  # an older index must never meet the new data
+        os.replace(new_bin, final_bin)
+        os.replace(new_idx, final_idx)
+    for name in sorted(old - set(names)):
+        for path in reversed(pair(output.prefix.parent / name)):
+            path.unlink(missing_ok=True)
+    _write_blend(output, splits)
+    state = {
+        "tokenizer_sha256": output.tokenizer_sha256,
+        "vocab_size": output.vocab_size,
+        "splits": {name: [asdict(item) for item in found] for name, found in splits.items()},
+    }
+    write_text(manifest_path(output.prefix), json.dumps(state, indent=1) + "\n")
+    return splits
+
+
+def _write(
+    workplace: Workplace, records: Sequence[Record], split: str, output: Publication, folder: Path
+) -> list[Published]:
+    """The pairs of one split, in a folder beside the parts."""
     if not any(record.tokens[split] for record in records):
-        raise ValueError(f"documents: none for {prefix}; check the input paths and key")
-    shards = _shards(workplace, records, split, dtype.itemsize, shard_tokens)
-    names = [prefix]
-    if shard_tokens:
-        names = [Path(f"{prefix}-{number:05d}") for number in range(len(shards))]
+        total = sum(sum(record.documents.values()) for record in records)
+        if not total:
+            raise ValueError(f"documents: none for {output.prefix}; check the input paths and key")
+        raise ValueError(
+            f"--split-valid {output.held_out}: none of the {total:,} documents fell into "
+            f"{output.path(split).name}; give a fraction such as {min(0.5, 10 / total):.2g} and "
+            "pass --overwrite"
+        )
+    shards = _shards(workplace, records, split, output.dtype.itemsize, output.shard_tokens)
+    name = output.path(split).name
+    names = [name]
+    if output.shard_tokens:
+        names = [f"{name}-{number:05d}" for number in range(len(shards))]
     found = []
     for name, pieces in zip(names, shards, strict=True):
-        join(pieces, name, dtype)
+        join(pieces, folder / name, output.dtype)
         num_documents = sum(piece.last - piece.first for piece in pieces)
-        tokens = sum(piece.stop - piece.start for piece in pieces) // dtype.itemsize
-        found.append(Published(name.name, num_documents, tokens))
+        tokens = sum(piece.stop - piece.start for piece in pieces) // output.dtype.itemsize
+        found.append(Published(name, num_documents, tokens))
     return found
+
+
+def _listed(prefix: Path) -> set[str]:
+    """Pairs that the manifest of an older publication names."""
+    try:
+        splits = json.loads(manifest_path(prefix).read_text(encoding="utf-8"))["splits"]
+        return {item["prefix"] for found in splits.values() for item in found}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()  # none, or a file of somebody else's
 
 
 def _shards(
@@ -104,27 +175,6 @@ def _shards(
                 shards.append([])
                 filled = 0
     return shards if shards[-1] else shards[:-1]
-
-
-def write_manifest(
-    prefix: Path, splits: dict[str, list[Published]], tokenizer_sha256: str, vocab_size: int
-) -> None:
-    """Describe what has just been published; delete pairs of an older manifest that were not."""
-    try:
-        old = json.loads(manifest_path(prefix).read_text(encoding="utf-8"))["splits"]
-    except (OSError, ValueError):
-        old = {}
-    kept = {item.prefix for found in splits.values() for item in found}
-    for item in (item for found in old.values() for item in found):
-        if item["prefix"] not in kept:
-            for path in reversed(pair(prefix.parent / item["prefix"])):
-                path.unlink(missing_ok=True)
-    state = {
-        "tokenizer_sha256": tokenizer_sha256,
-        "vocab_size": vocab_size,
-        "splits": {name: [asdict(item) for item in found] for name, found in splits.items()},
-    }
-    write_text(manifest_path(prefix), json.dumps(state, indent=1) + "\n")
 
 
 def blend(prefixes: Sequence[Path], weights: Sequence[float]) -> dict[str, list[str] | None]:
@@ -195,18 +245,26 @@ def weigh(prefix: Path, found: Sequence[Published], weight: float = 1.0) -> list
     ]
 
 
-def data_flags(prefix: Path, splits: dict[str, list[Published]]) -> dict[str, Path]:
-    """Megatron's flags for what has been published; writes the list that several pairs need."""
+def _write_blend(output: Publication, splits: dict[str, list[Published]]) -> None:
+    if all(len(found) == 1 for found in splits.values()):
+        return
+    words = {split: weigh(output.prefix, found) for split, found in splits.items()}
+    whole, by_split = output.blends
+    if "" in words:
+        write_text(whole, " ".join(words[""]) + "\n")
+    else:
+        lists = {split: words.get(split) for split in _SPLITS}
+        write_text(by_split, json.dumps(lists, indent=1) + "\n")
+
+
+def data_flags(output: Publication, splits: dict[str, list[Published]]) -> dict[str, Path]:
+    """Megatron's flags for what has been published."""
     if all(len(found) == 1 for found in splits.values()):
         return {
-            f"--{split}-data-path" if split else "--data-path": prefix.parent / found[0].prefix
-            for split, found in sorted(splits.items())
+            f"--{split}-data-path" if split else "--data-path": output.path(split)
+            for split in sorted(splits)
         }
-    words = {split: weigh(prefix, found) for split, found in splits.items()}
-    if "" in words:
-        path = Path(f"{prefix}.blend.txt")
-        write_text(path, " ".join(words[""]) + "\n")
-        return {"--data-args-path": path}
-    path = Path(f"{prefix}.blend.json")
-    write_text(path, json.dumps({split: words.get(split) for split in _SPLITS}, indent=1) + "\n")
-    return {"--per-split-data-args-path": path}
+    whole, by_split = output.blends
+    if "" in splits:
+        return {"--data-args-path": whole}
+    return {"--per-split-data-args-path": by_split}

@@ -92,11 +92,11 @@ def in_process(
     records = [workplace.load(number, options, 2) for number in range(len(cut))]
     found = {}
     for split in options.splits:
-        prefix = folder / f"x{split}"
+        output = publishing.Publication(
+            folder / "x", (split,), np.dtype("<u2"), encoder.vocab_size, "", shard_tokens
+        )
         try:
-            published = publishing.publish(
-                workplace, records, split, prefix, np.dtype("<u2"), shard_tokens
-            )
+            published = publishing.publish(workplace, records, output)[split]
         except ValueError:
             continue  # no documents
         found[split] = [
@@ -421,10 +421,93 @@ def test_a_full_disk_keeps_the_output_of_before(inputs: Path, tokenizer_dir: Pat
         stream.write('{"text": "one more"}\n')
     assert run(20_000) == 74 and outputs(inputs) == before
     assert run(len(before["x-train.bin"]) - 1000) == 74
-    assert {name: raw for name, raw in outputs(inputs).items() if "train" in name} == {
-        name: raw for name, raw in before.items() if "train" in name
-    }
+    assert outputs(inputs) == before
     assert run(1 << 30) == 0 and outputs(inputs) != before
+
+
+def request_for(folder: Path, *files: str, **more: Any) -> preparing.Request:
+    values: dict[str, Any] = {"engine": "tokenizers", "workers": 1, **more}
+    paths = [folder / name for name in files]
+    options = Options(split_valid=values.pop("split_valid", 0.0))
+    tokenizer_dir = values.pop("tokenizer_dir", None)
+    train = None if tokenizer_dir else 300
+    return preparing.Request(
+        list_files(paths), folder / "x", options, tokenizer_dir, train, **values
+    )
+
+
+def test_parts_serve_no_other_list_of_files(tmp_path: Path, tokenizer_dir: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_bytes(jsonl([name] * 5) + b"broken\n")
+    with pytest.raises(ValueError, match=r"a.jsonl: named twice"):
+        request_for(tmp_path, "a.jsonl", "b.jsonl", "a.jsonl", tokenizer_dir=tokenizer_dir)
+    both = request_for(tmp_path, "a.jsonl", "b.jsonl", tokenizer_dir=tokenizer_dir, strict=True)
+    with pytest.raises(ValueError, match="2 bad lines"):
+        preparing.prepare(both)
+    for files, what in (
+        (("a.jsonl",), "b.jsonl: not given now"),
+        (("b.jsonl", "a.jsonl"), "in another order"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            preparing.prepare(request_for(tmp_path, *files, tokenizer_dir=tokenizer_dir))
+
+
+def test_input_that_changes_is_not_published(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["a"] * 5))
+    request = request_for(tmp_path, "a.jsonl", tokenizer_dir=tokenizer_dir)
+    finish = preparing._finish_parts
+
+    def meanwhile(*arguments: Any) -> Any:
+        with (tmp_path / "a.jsonl").open("ab") as stream:
+            stream.write(jsonl(["late"]))
+        return finish(*arguments)
+
+    monkeypatch.setattr(preparing, "_finish_parts", meanwhile)
+    with pytest.raises(ValueError, match=r"changed while it was read(.|\n)*a.jsonl: changed"):
+        preparing.prepare(request)
+    assert not (tmp_path / "x.bin").exists()
+
+
+def test_a_tokenizer_is_not_replaced_unasked(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["some text to merge"] * 50))
+    request = request_for(tmp_path, "a.jsonl")
+    preparing.prepare(request)
+    own = (tmp_path / "x-tokenizer" / "tokenizer.json").read_bytes()
+    for path in (*token_files.pair(request.output), publishing.manifest_path(request.output)):
+        path.unlink()
+    assert preparing.taken(request) == [tmp_path / "x-tokenizer"]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["other words entirely"] * 50) + b"broken\n")
+    with pytest.raises(ValueError, match="1 bad lines"):
+        preparing.prepare(request_for(tmp_path, "a.jsonl", strict=True, overwrite=True))
+    assert (tmp_path / "x-tokenizer" / "tokenizer.json").read_bytes() == own
+    preparing.prepare(request_for(tmp_path, "a.jsonl", overwrite=True))
+    assert (tmp_path / "x-tokenizer" / "tokenizer.json").read_bytes() != own
+
+
+def test_lists_of_shards_are_of_this_output(tmp_path: Path, tokenizer_dir: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["some text"] * 50))
+    common = {"tokenizer_dir": tokenizer_dir, "overwrite": True}
+    blend = tmp_path / "x.blend.txt"
+    blend.mkdir()  # stands for a disk that fails in this moment
+    sharded = request_for(tmp_path, "a.jsonl", shard_tokens=100, **common)
+    with pytest.raises(OSError):
+        preparing.prepare(sharded)
+    blend.rmdir()
+    result = preparing.prepare(sharded)
+    assert result.flags == {"--data-args-path": blend} and len(result.splits[""]) > 2
+    assert all(Path(word).with_suffix("").name for word in blend.read_text().split()[1::2])
+    preparing.prepare(request_for(tmp_path, "a.jsonl", **common))
+    assert not blend.exists() and not list(tmp_path.glob("x-0*"))
+
+
+def test_an_empty_split_says_what_to_do(tmp_path: Path, tokenizer_dir: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl([f"text {i}" for i in range(20)]))
+    request = request_for(tmp_path, "a.jsonl", tokenizer_dir=tokenizer_dir, split_valid=1e-9)
+    with pytest.raises(ValueError, match=r"none of the 20 documents fell into x-valid; give .*0.5"):
+        preparing.prepare(request)
+    assert not (tmp_path / "x.parts").exists()
 
 
 def test_too_little_space_is_told_before_the_work(tmp_path: Path) -> None:
