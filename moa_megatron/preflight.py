@@ -98,13 +98,14 @@ def _no_data(args: argparse.Namespace) -> str:
 
 
 def index_problems(args: argparse.Namespace) -> list[str]:
-    """Dataset indices that a kill has cut; Megatron would take them for whole."""
-    if args.data_cache_path is None:
+    """Dataset indices that a kill has cut, or of older data; Megatron would take them for good."""
+    if args.mock_data:
         return []
     return [
-        f"{problem}: Megatron would read it; remove it, or run tools/prepare_data.py "
+        f"{problem}: Megatron would read it; remove {cache}, or run tools/prepare_data.py "
         "--build-index with this recipe and these flags"
-        for problem in index_cache.damaged(Path(args.data_cache_path)).values()
+        for cache in index_cache.caches(args, data_prefixes(args))
+        for problem in index_cache.damaged(cache).values()
     ]
 
 

@@ -6,19 +6,25 @@ a kill would be used. Here they are built in a folder of their own and moved, de
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
+import json
 import logging
 import os
+import shlex
 import shutil
 import sys
 import time
 import uuid
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from moa_megatron.data.token_files import pair
 
 if TYPE_CHECKING:
     from moa_megatron.launch import Run
@@ -51,7 +57,7 @@ def main(argv: list[str]) -> int:
             print(f"{title} {path.name}  {path.stat().st_size:,} bytes")
     print(
         f"{len(built)} files built, {len(found)} found in {folder}\n"
-        f"train with: {' '.join(argv)} --data-cache-path {folder}"
+        f"train with: {shlex.join([*argv, '--data-cache-path', str(folder)])}"
     )
     return 0
 
@@ -149,9 +155,10 @@ def _build_datasets(run: Run, folder: Path) -> set[str]:
 
 
 def damaged(cache: Path, settled_seconds: float = _SETTLED_SECONDS) -> dict[Path, str]:
-    """The arrays in a cache that are shorter than their headers say, each with its problem.
+    """The files in a cache that Megatron would take for good, each with its problem.
 
-    Files younger than `settled_seconds` are left out.
+    Arrays that are shorter than their headers say, unless younger than `settled_seconds`, and
+    indices of pairs that have been written anew.
     """
     found = {}
     for path in sorted(cache.glob("*.npy")) if cache.is_dir() else []:
@@ -167,7 +174,30 @@ def damaged(cache: Path, settled_seconds: float = _SETTLED_SECONDS) -> dict[Path
             continue
         if status.st_size != needed:
             found[path] = f"{path}: cut, {status.st_size:,} bytes of {needed:,}"
+    for description in sorted(cache.glob(f"*{_DESCRIPTION}")) if cache.is_dir() else []:
+        if problem := _stale(description):
+            found[description] = problem
     return found
+
+
+def _stale(description: Path) -> str | None:
+    """Whether the pair of an index is younger: Megatron's key holds its path, not its content."""
+    try:
+        prefix = json.loads(description.read_text(encoding="utf-8"))["dataset_path"]
+        built = description.stat().st_mtime
+        newer = [path for path in pair(Path(prefix)) if path.stat().st_mtime > built]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # of a blend, or being written, or of data that is gone
+    if not newer:
+        return None
+    return f"{description}: index of older data, {newer[0]} has been written since"
+
+
+def caches(args: argparse.Namespace, prefixes: Sequence[str]) -> list[Path]:
+    """Where Megatron keeps the indices of a run: one folder, or one beside each pair."""
+    if args.data_cache_path is not None:
+        return [Path(args.data_cache_path)]
+    return [Path(prefix, "cache", "GPTDataset_indices") for prefix in dict.fromkeys(prefixes)]
 
 
 def _needed_bytes(path: Path) -> int:
@@ -182,10 +212,19 @@ def _needed_bytes(path: Path) -> int:
 
 
 def _complete(cache: Path, bad: set[Path]) -> list[Path]:
-    """Files of the cache that belong to an index without damaged files."""
-    broken = {_index_of(path) for path in bad}
-    files = [*cache.glob("*.npy"), *cache.glob(f"*{_DESCRIPTION}")]
-    return [path for path in files if _index_of(path) not in broken]
+    """Files of the indices in a cache that are whole: all are there, none is damaged.
+
+    Megatron builds an index anew where a file is missing, through any link to the others.
+    """
+    indices: dict[str, list[Path]] = {}
+    for path in (*cache.glob("*.npy"), *cache.glob(f"*{_DESCRIPTION}")):
+        indices.setdefault(_index_of(path), []).append(path)
+    return [
+        path
+        for name, files in indices.items()
+        if len(files) == (3 if "-BlendedDataset-" in name else 4) and not bad.intersection(files)
+        for path in files
+    ]
 
 
 def _index_of(path: Path) -> str:

@@ -51,7 +51,11 @@ def list_files(inputs: Sequence[Path], suffixes: Sequence[str] = (".py",)) -> li
     problems = []
     for source in inputs:
         if source.is_dir():
-            found = walk(source, suffixes)
+            try:
+                found = walk(source, suffixes)
+            except ValueError as error:
+                problems.append(str(error))
+                continue
             if not found:
                 problems.append(f"input {source}: no {' or '.join(suffixes)} files; see --suffix")
             files.extend(found)
@@ -81,18 +85,30 @@ def list_files(inputs: Sequence[Path], suffixes: Sequence[str] = (".py",)) -> li
 def walk(
     root: Path, suffixes: Sequence[str], skip: Callable[[str], bool] = lambda name: False
 ) -> list[SourceFile]:
-    """Files below `root` sorted by key; `skip` says by name which files and folders to leave."""
+    """Files below `root` sorted by key; `skip` says by name which files and folders to leave.
+
+    Raises:
+        ValueError: every folder and file that cannot be read, such as a broken link.
+    """
     files = []
-    for folder, folders, names in os.walk(root):
+    unread: list[OSError] = []
+    for folder, folders, names in os.walk(root, onerror=unread.append):
         folders[:] = [
             name for name in folders if name[0] != "." and name != "__pycache__" and not skip(name)
         ]
         for name in names:
             if name.endswith(tuple(suffixes)) and not skip(name):
                 path = Path(folder, name)
-                files.append(
-                    SourceFile(path, path.relative_to(root).as_posix(), path.stat().st_size)
-                )
+                try:
+                    size = path.stat().st_size
+                except OSError as error:
+                    unread.append(error)
+                    continue
+                files.append(SourceFile(path, path.relative_to(root).as_posix(), size))
+    if unread:
+        raise ValueError(
+            "\n".join(f"{e.filename}: {e.strerror}; make it readable or remove it" for e in unread)
+        )
     return sorted(files, key=lambda file: file.key)
 
 

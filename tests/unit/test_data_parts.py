@@ -452,6 +452,13 @@ def test_parts_serve_no_other_list_of_files(tmp_path: Path, tokenizer_dir: Path)
             preparing.prepare(request_for(tmp_path, *files, tokenizer_dir=tokenizer_dir))
 
 
+def test_what_a_folder_hides_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("text")
+    (tmp_path / "b.py").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"b.py: No such file or directory; make it readable"):
+        list_files([tmp_path])
+
+
 def test_input_that_changes_is_not_published(
     tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

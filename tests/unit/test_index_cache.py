@@ -1,5 +1,7 @@
 """Dataset indices built ahead: the run builds none, kills leave none half, two jobs agree."""
 
+import argparse
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moa_megatron import preflight
 from moa_megatron.data import index_cache
+from moa_megatron.data.token_files import pair
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "prepare_data.py"
@@ -34,6 +38,44 @@ def test_cut_arrays_are_named(tmp_path: Path) -> None:
     os.utime(path, (0, 0))
     assert list(index_cache.damaged(tmp_path)) == [path]
     assert index_cache.damaged(tmp_path / "none") == {}
+
+
+def index(cache: Path, prefix: Path, kinds: tuple[str, ...]) -> None:
+    cache.mkdir(parents=True, exist_ok=True)
+    stem = f"{cache}/h-GPTDataset-train-"
+    Path(f"{stem}description.txt").write_text(json.dumps({"dataset_path": str(prefix)}))
+    for kind in kinds:
+        np.save(f"{stem}{kind}_index.npy", np.arange(9))
+
+
+def test_an_index_of_older_data_is_named(tmp_path: Path) -> None:
+    prefix, cache = tmp_path / "x", tmp_path / "x" / "cache" / "GPTDataset_indices"
+    for path in pair(prefix):
+        path.touch()
+        os.utime(path, (1e9, 1e9))
+    index(cache, prefix, ("document", "sample", "shuffle"))
+    assert index_cache.damaged(cache, 0) == {}
+    os.utime(pair(prefix)[0])
+    os.utime(cache / "h-GPTDataset-train-description.txt", (1.5e9, 1.5e9))
+    (problem,) = index_cache.damaged(cache).values()
+    assert "index of older data" in problem and "x.bin has been written since" in problem
+    # Without --data-cache-path Megatron keeps indices beside each pair.
+    args = argparse.Namespace(
+        mock_data=False, data_cache_path=None, data_path=[str(prefix)], train_data_path=None,
+        valid_data_path=None, test_data_path=None, data_args_path=None,
+        per_split_data_args_path=None,
+    )  # fmt: skip
+    (refused,) = preflight.index_problems(args)
+    assert problem in refused and f"remove {cache}" in refused and "--build-index" in refused
+
+
+def test_only_whole_indices_are_built_upon(tmp_path: Path) -> None:
+    index(tmp_path, tmp_path / "none", ("document",))
+    assert index_cache._complete(tmp_path, set()) == []
+    index(tmp_path, tmp_path / "none", ("sample", "shuffle"))
+    assert len(index_cache._complete(tmp_path, set())) == 4
+    bad = {tmp_path / "h-GPTDataset-train-sample_index.npy"}
+    assert index_cache._complete(tmp_path, bad) == []
 
 
 @pytest.fixture(scope="module")
