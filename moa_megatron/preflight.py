@@ -101,10 +101,14 @@ def index_problems(args: argparse.Namespace) -> list[str]:
     """Dataset indices that a kill has cut, or of older data; Megatron would take them for good."""
     if args.mock_data:
         return []
+    try:
+        prefixes = data_prefixes(args)
+    except (OSError, ValueError, AttributeError):
+        return []  # data_problems says why
     return [
         f"{problem}: Megatron would read it; remove {cache}, or run tools/prepare_data.py "
         "--build-index with this recipe and these flags"
-        for cache in index_cache.caches(args, data_prefixes(args))
+        for cache in index_cache.caches(args, prefixes)
         for problem in index_cache.damaged(cache).values()
     ]
 

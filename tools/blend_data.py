@@ -30,7 +30,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="the file to write")
     try:
         args = parser.parse_args()
-        lists = publishing.blend(*weights_and_prefixes(args))
+        prefixes, weights = weights_and_prefixes(args)
+        lists = publishing.blend(prefixes, weights)
         write_text(args.output, json.dumps(lists, indent=1) + "\n")
     except ValueError as error:
         print(f"blend_data: refused\n{error}", file=sys.stderr)
@@ -40,7 +41,12 @@ def main() -> int:
         return EXIT_STORAGE
     for split, words in lists.items():
         print(f"{split}: {len(words or []) // 2} pairs")
-    print(f"train with: {shlex.join(['--per-split-data-args-path', str(args.output)])}")
+    folder = publishing.tokenizer_of(prefixes)
+    flags = ["--per-split-data-args-path", str(args.output)]
+    flags += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder or "DIR")]
+    print(f"train with: {shlex.join(flags)}")
+    if folder is None:
+        print("where DIR is the tokenizer that prepared the corpora")
     return 0
 
 

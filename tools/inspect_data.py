@@ -162,12 +162,24 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """Raises ValueError for a folder without a tokenizer.json that can be loaded."""
+    path = folder / "tokenizer.json"
+    try:
+        return Tokenizer.from_str(path.read_text("utf-8"))
+    except Exception as error:  # tokenizers raises bare Exception for a malformed file
+        raise ValueError(
+            f"--tokenizer {folder}: {path.name} cannot be loaded ({error}); give the folder that "
+            "prepare_data.py named"
+        ) from error
+
+
 def main() -> int:
     tokenizer, all_facts, failed = None, [], False
     try:
         args = parse_arguments()
         if args.tokenizer is not None:
-            tokenizer = Tokenizer.from_str((args.tokenizer / "tokenizer.json").read_text("utf-8"))
+            tokenizer = read_tokenizer(args.tokenizer)
     except (OSError, ValueError) as error:
         print(f"inspect_data: refused\n{error}", file=sys.stderr)
         return EXIT_INPUT

@@ -138,8 +138,8 @@ class Index:
         starts: Iterable[int] = range(0, num_tokens, _SAMPLE_TOKENS)
         if sampled:
             starts = np.linspace(0, num_tokens - _SAMPLE_TOKENS, _SAMPLE_BLOCKS).astype(int)
-        low, high = 0, 0
+        extremes = []
         for start in starts:
             block = self.tokens(int(start), _SAMPLE_TOKENS)
-            low, high = min(low, int(block.min())), max(high, int(block.max()))
-        return low, high
+            extremes.append((int(block.min()), int(block.max())))
+        return min(low for low, _ in extremes), max(high for _, high in extremes)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from moa_megatron.data.checking import check_prefix
-from moa_megatron.data.parts import Record, Workplace
+from moa_megatron.data.parts import Record, Workplace, tokenizer_sha256
 from moa_megatron.data.token_files import Piece, join, pair
 from moa_megatron.data.tokenization import write_text
 
@@ -180,8 +180,7 @@ def _shards(
 def blend(prefixes: Sequence[Path], weights: Sequence[float]) -> dict[str, list[str] | None]:
     """Weights and pairs by split, for Megatron's `--per-split-data-args-path`.
 
-    A corpus's weight is shared among its pairs by their tokens. A corpus without a validation
-    split serves training only.
+    A corpus's weight is shared among its pairs by their tokens.
 
     Raises:
         ValueError: all that keeps the corpora from being one: missing or damaged files, different
@@ -196,9 +195,13 @@ def blend(prefixes: Sequence[Path], weights: Sequence[float]) -> dict[str, list[
     for prefix, weight in zip(prefixes, weights, strict=True):
         try:
             state = json.loads(manifest_path(prefix).read_text(encoding="utf-8"))
+            missing = {"tokenizer_sha256", "vocab_size", "splits"} - set(state)
+            if missing:
+                raise ValueError(f"without {', '.join(sorted(missing))}")
             corpora.append((prefix, weight, state))
-        except (OSError, ValueError) as error:
-            problems.append(f"{prefix}: no manifest of tools/prepare_data.py ({error})")
+        except (OSError, ValueError, TypeError) as error:
+            path = manifest_path(prefix)
+            problems.append(f"{path}: no manifest of tools/prepare_data.py ({error})")
     for prefix, _, state in corpora:
         if state["tokenizer_sha256"] != corpora[0][2]["tokenizer_sha256"]:
             problems.append(
@@ -219,6 +222,16 @@ def blend(prefixes: Sequence[Path], weights: Sequence[float]) -> dict[str, list[
             words += weigh(prefix, [Published(**item) for item in found], weight)
         lists[split] = words or None
     return lists
+
+
+def tokenizer_of(prefixes: Sequence[Path]) -> Path | None:
+    """The tokenizer that made published corpora, where it lies beside one of them."""
+    for prefix in prefixes:
+        state = json.loads(manifest_path(prefix).read_text(encoding="utf-8"))
+        folder = Path(f"{prefix}-tokenizer")
+        if tokenizer_sha256(folder) == state["tokenizer_sha256"]:
+            return folder
+    return None
 
 
 def _damaged(prefix: Path, state: dict[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -562,6 +563,12 @@ def test_blend(tmp_path: Path, tokenizer_dir: Path) -> None:
         [*tool, *words], cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT
     )
     assert done.returncode == 0, done.stderr
+    assert "--tokenizer-model DIR\nwhere DIR is the tokenizer" in done.stdout
+    shutil.copytree(tokenizer_dir, tmp_path / "web-tokenizer")
+    done = subprocess.run(
+        [*tool, *words], cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert done.stdout.endswith("HuggingFaceTokenizer --tokenizer-model web-tokenizer\n")
     mix = json.loads((tmp_path / "mix.json").read_text())
     assert list(mix) == ["train", "valid", "test"] and mix["test"] is None
     prefixes, weights = get_blend_from_list(mix["train"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moa_megatron.data import checking
+from moa_megatron.data import checking, token_files
 from moa_megatron.data.checking import Index
 from moa_megatron.data.encoding import TextEncoder
 from moa_megatron.data.token_files import build_indexed
@@ -93,3 +93,15 @@ def test_reads_what_megatron_reads(folder: Path) -> None:
     theirs, ours = IndexedDataset(str(folder / "x")), Index(folder / "x")
     for number in range(len(TEXTS)):
         np.testing.assert_array_equal(theirs[number], ours.document(number))
+
+
+def test_the_lowest_id_is_found_and_a_broken_tokenizer_named(tmp_path: Path) -> None:
+    np.array([7, 9, 8], "<i4").tofile(tmp_path / "tokens")
+    np.array([3], "<i4").tofile(tmp_path / "lengths")
+    piece = token_files.Piece(tmp_path / "tokens", tmp_path / "lengths", 0, 12, 0, 1)
+    token_files.join([piece], tmp_path / "x", np.dtype("<i4"))
+    assert checking.Index(tmp_path / "x").id_range(3, sampled=False) == (7, 9)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    done = run(tmp_path, "x", "--tokenizer", ".")
+    assert done.returncode == 78 and "tokenizer.json cannot be loaded" in done.stderr
+    assert "Traceback" not in done.stderr
