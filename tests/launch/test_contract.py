@@ -18,8 +18,9 @@ from tests.helpers.slurm import Cluster
 from tests.helpers.submitted import TWO_RANKS, Submitted, submit
 
 pytestmark = pytest.mark.timeout(600)
-# Steps are long and many enough that no job of the chain can end before it is stopped.
-STEPS = 100
+# Long and many enough that no job of the chain can end before it is stopped: 0.2 s each on a fast
+# and idle machine, and Slurm looks at time limits every 30 s.
+STEPS = 260
 LONG = ["--global-batch-size", "16"]
 PAIR = [*TWO_RANKS, "--procs-per-node", "2"]
 ENDLESS = [*TWO_RANKS, "--train-iters", "100000"]
