@@ -32,6 +32,8 @@ from moa_megatron.data.tokenization import write_text
 
 _FORMAT = 1
 _BATCH_BYTES = 1 << 20
+# The tokenizer, and the configuration that names its end of document.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 type Part = list[Slice]
 
@@ -205,9 +207,9 @@ def make_plan(files: Sequence[SourceFile], options: Options, **more: object) -> 
 
 
 def tokenizer_sha256(tokenizer_dir: Path) -> str:
-    """Of the files that decide ids: the tokenizer, and the configuration that names its end."""
+    """Of the files that decide ids."""
     digest = hashlib.sha256()
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+    for name in TOKENIZER_FILES:
         path = tokenizer_dir / name
         content = path.read_bytes() if path.is_file() else b""
         digest.update(f"{name} {len(content)} ".encode() + content)

@@ -1,7 +1,6 @@
 """From input files to published token files, by way of parts that outlive a kill."""
 
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,11 +42,6 @@ class Request:
         return Path(f"{self.output}-{split}") if split else self.output
 
     @property
-    def own_tokenizer(self) -> Path:
-        """Where a tokenizer that is trained for this output goes, with its pairs."""
-        return Path(f"{self.output}-tokenizer")
-
-    @property
     def workplace(self) -> Workplace:
         return Workplace(Path(f"{self.output}.parts"))
 
@@ -70,7 +64,7 @@ def taken(request: Request) -> list[Path]:
     prefixes = [request.prefix(split) for split in request.options.splits]
     found = [path for prefix in prefixes for path in pair(prefix) if path.exists()]
     others = [publishing.manifest_path(request.output)]
-    others += [] if request.train_tokenizer is None else [request.own_tokenizer]
+    others += [] if request.train_tokenizer is None else [publishing.tokenizer_path(request.output)]
     return found + [path for path in others if path.exists()]
 
 
@@ -102,6 +96,7 @@ def prepare(request: Request) -> Result:
         output = Publication(
             request.output, request.options.splits, token_dtype(encoder.vocab_size),
             encoder.vocab_size, sha256, request.shard_tokens, request.options.split_valid,
+            None if request.tokenizer_dir else tokenizer_dir,
         )  # fmt: skip
         records = _finish_parts(request, tokenizer_dir, encoder.engine, output.dtype.itemsize)
         if changed := parts.changes(plan, _plan(request)):
@@ -119,12 +114,10 @@ def prepare(request: Request) -> Result:
             if empty:
                 workplace.remove()  # nothing to go on with
             raise
-        if request.train_tokenizer is not None:
-            shutil.copytree(tokenizer_dir, request.own_tokenizer, dirs_exist_ok=True)
         workplace.remove()
     num_bytes: Counter[str] = sum((record.num_bytes for record in records), Counter())
     flags = publishing.data_flags(output, splits)
-    final_dir = request.tokenizer_dir or request.own_tokenizer
+    final_dir = request.tokenizer_dir or publishing.tokenizer_path(request.output)
     return Result(splits, num_bytes, report, final_dir, flags)
 
 

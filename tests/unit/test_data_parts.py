@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -432,9 +433,8 @@ def request_for(folder: Path, *files: str, **more: Any) -> preparing.Request:
     options = Options(split_valid=values.pop("split_valid", 0.0))
     tokenizer_dir = values.pop("tokenizer_dir", None)
     train = None if tokenizer_dir else 300
-    return preparing.Request(
-        list_files(paths), folder / "x", options, tokenizer_dir, train, **values
-    )
+    output = values.pop("output", folder / "x")
+    return preparing.Request(list_files(paths), output, options, tokenizer_dir, train, **values)
 
 
 def test_parts_serve_no_other_list_of_files(tmp_path: Path, tokenizer_dir: Path) -> None:
@@ -492,6 +492,65 @@ def test_a_tokenizer_is_not_replaced_unasked(tmp_path: Path) -> None:
     assert (tmp_path / "x-tokenizer" / "tokenizer.json").read_bytes() == own
     preparing.prepare(request_for(tmp_path, "a.jsonl", overwrite=True))
     assert (tmp_path / "x-tokenizer" / "tokenizer.json").read_bytes() != own
+
+
+def whole_pairs(folder: Path) -> dict[str, bytes]:
+    """What a run that is given prefixes would train on."""
+    indices = (path for path in folder.glob("*.idx") if path.with_suffix(".bin").exists())
+    return {path.stem: path.with_suffix(".bin").read_bytes() for path in indices}
+
+
+@pytest.mark.parametrize("shard_tokens", [None, 30])
+def test_a_kill_between_renames_leaves_no_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_tokens: int | None
+) -> None:
+    """Killed at every change of the output's folder: what lies there is older or newer."""
+    output, saved = tmp_path / "output", tmp_path / "saved"
+    steps_left = 0
+
+    def counted(original: Callable[..., Any], position: int) -> Callable[..., Any]:
+        def wrapper(*arguments: Any, **more: Any) -> Any:
+            nonlocal steps_left
+            if Path(arguments[position]).parent in (output, output / "x-tokenizer"):
+                if not steps_left:
+                    raise KeyboardInterrupt
+                steps_left -= 1
+            return original(*arguments, **more)
+
+        return wrapper
+
+    def prepare(text: str, steps: int, folder: Path = output, **more: Any) -> None:
+        nonlocal steps_left
+        steps_left = steps
+        more |= {"output": folder / "x", "overwrite": True, "split_valid": 0.4}
+        preparing.prepare(request_for(tmp_path, f"{text}.jsonl", **more))
+
+    for text in ("older", "newer"):
+        (tmp_path / f"{text}.jsonl").write_bytes(jsonl([f"{text} {i}" for i in range(40)]))
+    prepare("newer", 0, tmp_path / "reference")
+    prepare("older", 0, saved, shard_tokens=shard_tokens)
+    newer, older = whole_pairs(tmp_path / "reference"), whole_pairs(saved)
+    names = sorted(path.name for path in (tmp_path / "reference").iterdir())
+    assert len(older) > 3 if shard_tokens else set(older) == set(newer)
+    saved.rename(output)
+    monkeypatch.setattr(os, "replace", counted(os.replace, 1))
+    monkeypatch.setattr(Path, "unlink", counted(Path.unlink, 0))
+    with pytest.raises(KeyboardInterrupt):
+        prepare("newer", 0)
+    shutil.copytree(output, saved)  # with finished parts
+    for steps in range(1, 100):
+        try:
+            prepare("newer", steps)
+            break
+        except KeyboardInterrupt:
+            left = whole_pairs(output)
+            assert left.items() <= older.items() or left.items() <= newer.items()
+        prepare("newer", 100)
+        assert whole_pairs(output) == newer
+        assert sorted(path.name for path in output.iterdir()) == names
+        shutil.rmtree(output)
+        shutil.copytree(saved, output)
+    assert steps > 10
 
 
 def test_lists_of_shards_are_of_this_output(tmp_path: Path, tokenizer_dir: Path) -> None:
