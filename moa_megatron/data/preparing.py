@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def prepare(request: Request) -> Result:
         OSError: storage; published files of before are kept.
         WorkerDiedError: a worker was killed.
     """
-    workplace, plan = request.workplace, _plan(request)
+    workplace, plan = request.workplace, _plan(request, request.files)
     with workplace.locked():
         try:
             workplace.adopt(plan)
@@ -99,7 +99,8 @@ def prepare(request: Request) -> Result:
             None if request.tokenizer_dir else tokenizer_dir,
         )  # fmt: skip
         records = _finish_parts(request, tokenizer_dir, encoder.engine, output.dtype.itemsize)
-        if changed := parts.changes(plan, _plan(request)):
+        now = [replace(file, size=file.path.stat().st_size) for file in request.files]
+        if changed := parts.changes(plan, _plan(request, now)):
             raise ValueError(
                 "input changed while it was read; pass --overwrite once it is still:\n"
                 + "\n".join(changed)
@@ -121,9 +122,9 @@ def prepare(request: Request) -> Result:
     return Result(splits, num_bytes, report, final_dir, flags)
 
 
-def _plan(request: Request) -> dict[str, Any]:
+def _plan(request: Request, files: list[SourceFile]) -> dict[str, Any]:
     return parts.make_plan(
-        request.files, request.options, engine=request.engine,
+        files, request.options, engine=request.engine,
         train_tokenizer=request.train_tokenizer, tokenizer_bytes=request.tokenizer_bytes,
     )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Packed and damaged input, parts, resumption, shards and blends: always against one hand-made
 reference, the pair that Megatron's own writer makes of the texts that should be kept."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -472,9 +473,13 @@ def test_input_that_changes_is_not_published(
             stream.write(jsonl(["late"]))
         return finish(*arguments)
 
-    monkeypatch.setattr(preparing, "_finish_parts", meanwhile)
-    with pytest.raises(ValueError, match=r"changed while it was read(.|\n)*a.jsonl: changed"):
+    changed = r"changed while it was read(.|\n)*a.jsonl: changed"
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match=changed):
+        patched.setattr(preparing, "_finish_parts", meanwhile)
         preparing.prepare(request)
+    # Grown before the plan is made, but after its size is what the parts are cut by.
+    with pytest.raises(ValueError, match=changed):
+        preparing.prepare(dataclasses.replace(request, overwrite=True))
     assert not (tmp_path / "x.bin").exists()
 
 
