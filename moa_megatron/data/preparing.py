@@ -62,10 +62,13 @@ def taken(request: Request) -> list[Path]:
     if request.overwrite or request.workplace.unfinished():
         return []
     prefixes = [request.prefix(split) for split in request.options.splits]
-    found = [path for prefix in prefixes for path in pair(prefix) if path.exists()]
-    others = [publishing.manifest_path(request.output)]
-    others += [] if request.train_tokenizer is None else [publishing.tokenizer_path(request.output)]
-    return found + [path for path in others if path.exists()]
+    if request.shard_tokens:
+        prefixes += [Path(f"{prefix}-00000") for prefix in prefixes]
+    names = [path for prefix in prefixes for path in pair(prefix)]
+    names += [publishing.manifest_path(request.output), *publishing.blend_paths(request.output)]
+    if request.train_tokenizer is not None:
+        names.append(publishing.tokenizer_path(request.output))
+    return [path for path in names if path.exists()]
 
 
 def prepare(request: Request) -> Result:

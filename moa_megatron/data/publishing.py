@@ -39,6 +39,11 @@ def manifest_path(prefix: Path) -> Path:
     return Path(f"{prefix}.manifest.json")
 
 
+def blend_paths(prefix: Path) -> tuple[Path, Path]:
+    """The lists of several pairs: of unsplit data, and by split."""
+    return Path(f"{prefix}.blend.txt"), Path(f"{prefix}.blend.json")
+
+
 def tokenizer_path(prefix: Path) -> Path:
     """Where a tokenizer that is trained for this output goes."""
     return Path(f"{prefix}-tokenizer")
@@ -75,11 +80,6 @@ class Publication:
 
     def path(self, split: str) -> Path:
         return Path(f"{self.prefix}-{split}") if split else self.prefix
-
-    @property
-    def blends(self) -> tuple[Path, Path]:
-        """The lists of several pairs: of unsplit data, and by split."""
-        return Path(f"{self.prefix}.blend.txt"), Path(f"{self.prefix}.blend.json")
 
 
 def publish(
@@ -124,7 +124,7 @@ def _replace(output: Publication, names: Sequence[str], staged: Path) -> None:
         old_idx.unlink(missing_ok=True)
         if name not in names:
             old_bin.unlink(missing_ok=True)
-    for path in (*output.blends, manifest_path(output.prefix)):
+    for path in (*blend_paths(output.prefix), manifest_path(output.prefix)):
         path.unlink(missing_ok=True)
     if output.trained:
         for file in TOKENIZER_FILES:
@@ -134,7 +134,7 @@ def _replace(output: Publication, names: Sequence[str], staged: Path) -> None:
     for name in names:
         for new, final in zip(pair(staged / name), pair(folder / name), strict=True):
             os.replace(new, final)
-    for path in (*output.blends, manifest_path(output.prefix)):
+    for path in (*blend_paths(output.prefix), manifest_path(output.prefix)):
         if (staged / path.name).exists():
             os.replace(staged / path.name, path)
 
@@ -287,7 +287,7 @@ def _write_blend(output: Publication, splits: dict[str, list[Published]], folder
     if all(len(found) == 1 for found in splits.values()):
         return
     words = {split: weigh(output.prefix, found) for split, found in splits.items()}
-    whole, by_split = output.blends
+    whole, by_split = blend_paths(output.prefix)
     if "" in words:
         write_text(folder / whole.name, " ".join(words[""]) + "\n")
     else:
@@ -302,7 +302,7 @@ def data_flags(output: Publication, splits: dict[str, list[Published]]) -> dict[
             f"--{split}-data-path" if split else "--data-path": output.path(split)
             for split in sorted(splits)
         }
-    whole, by_split = output.blends
+    whole, by_split = blend_paths(output.prefix)
     if "" in splits:
         return {"--data-args-path": whole}
     return {"--per-split-data-args-path": by_split}

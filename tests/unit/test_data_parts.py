@@ -574,6 +574,20 @@ def test_lists_of_shards_are_of_this_output(tmp_path: Path, tokenizer_dir: Path)
     assert not blend.exists() and not list(tmp_path.glob("x-0*"))
 
 
+def test_existing_files_that_would_be_replaced_are_named(
+    tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["some text"]))
+    names = ["x-train-00000.idx", "x.blend.json", "x.blend.txt", "x.manifest.json"]
+    for name in names:
+        (tmp_path / name).touch()
+    common = {"tokenizer_dir": tokenizer_dir, "split_valid": 0.5}
+    request = request_for(tmp_path, "a.jsonl", shard_tokens=100, **common)
+    assert sorted(path.name for path in preparing.taken(request)) == names
+    request = request_for(tmp_path, "a.jsonl", **common)  # touches no shards that it did not make
+    assert sorted(path.name for path in preparing.taken(request)) == names[1:]
+
+
 def test_an_empty_split_says_what_to_do(tmp_path: Path, tokenizer_dir: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl([f"text {i}" for i in range(20)]))
     request = request_for(tmp_path, "a.jsonl", tokenizer_dir=tokenizer_dir, split_valid=1e-9)
