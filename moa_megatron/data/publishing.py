@@ -253,7 +253,7 @@ def tokenizer_of(prefixes: Sequence[Path]) -> Path | None:
     """The tokenizer that made published corpora, where it lies beside one of them."""
     for prefix in prefixes:
         state = json.loads(manifest_path(prefix).read_text(encoding="utf-8"))
-        folder = Path(f"{prefix}-tokenizer")
+        folder = tokenizer_path(prefix)
         if tokenizer_sha256(folder) == state["tokenizer_sha256"]:
             return folder
     return None
