@@ -30,8 +30,10 @@ from moa_megatron.data.inputs import Slice, SourceFile
 from moa_megatron.data.token_files import token_dtype
 from moa_megatron.data.tokenization import write_text
 
-_FORMAT = 1
+_FORMAT = 2
 _BATCH_BYTES = 1 << 20
+# The tokenizer, and the configuration that names its end of document.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 type Part = list[Slice]
 
@@ -145,7 +147,6 @@ class Workplace:
         Raises:
             ValueError: the folder holds parts of another plan; names every difference.
         """
-        plan = json.loads(json.dumps(plan))
         try:
             old = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -155,7 +156,7 @@ class Workplace:
         if old != plan:
             raise ValueError(
                 f"{self.folder}: holds parts of another command; pass --overwrite to start anew, "
-                "or repeat that command:\n" + "\n".join(_differences(old, plan))
+                "or repeat that command:\n" + "\n".join(changes(old, plan))
             )
 
     def unfinished(self) -> bool:
@@ -198,16 +199,15 @@ def make_plan(files: Sequence[SourceFile], options: Options, **more: object) -> 
         **dataclasses.asdict(options),
         **more,
         "files": [
-            [str(f.path.absolute()), f.key, (now := f.path.stat()).st_size, now.st_mtime_ns]
-            for f in files
+            [str(f.path.absolute()), f.key, f.size, f.path.stat().st_mtime_ns] for f in files
         ],
     }
 
 
 def tokenizer_sha256(tokenizer_dir: Path) -> str:
-    """Of the files that decide ids: the tokenizer, and the configuration that names its end."""
+    """Of the files that decide ids."""
     digest = hashlib.sha256()
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+    for name in TOKENIZER_FILES:
         path = tokenizer_dir / name
         content = path.read_bytes() if path.is_file() else b""
         digest.update(f"{name} {len(content)} ".encode() + content)
@@ -216,20 +216,15 @@ def tokenizer_sha256(tokenizer_dir: Path) -> str:
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What differs between two plans, a line each."""
-    return _differences(old, json.loads(json.dumps(new)))
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     names = [name for name in {**old, **new} if name != "files"]
     lines = [
         f"  {name}: {old.get(name)} then, {new.get(name)} now"
         for name in names
         if old.get(name) != new.get(name)
     ]
-    listed, given = (
-        [tuple(item) for item in plan["files"]] if isinstance(plan.get("files"), list) else []
-        for plan in (old, new)
-    )
+    if old.get("format") != new["format"]:
+        return lines  # its files may be listed in another way
+    listed, given = old["files"], new["files"]
     before, now = ({path: rest for path, *rest in files} for files in (listed, given))
     for path in sorted({**before, **now}):
         if before.get(path) == now.get(path):

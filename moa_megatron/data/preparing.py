@@ -1,10 +1,9 @@
 """From input files to published token files, by way of parts that outlive a kill."""
 
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +42,6 @@ class Request:
         return Path(f"{self.output}-{split}") if split else self.output
 
     @property
-    def own_tokenizer(self) -> Path:
-        """Where a tokenizer that is trained for this output goes, with its pairs."""
-        return Path(f"{self.output}-tokenizer")
-
-    @property
     def workplace(self) -> Workplace:
         return Workplace(Path(f"{self.output}.parts"))
 
@@ -68,10 +62,13 @@ def taken(request: Request) -> list[Path]:
     if request.overwrite or request.workplace.unfinished():
         return []
     prefixes = [request.prefix(split) for split in request.options.splits]
-    found = [path for prefix in prefixes for path in pair(prefix) if path.exists()]
-    others = [publishing.manifest_path(request.output)]
-    others += [] if request.train_tokenizer is None else [request.own_tokenizer]
-    return found + [path for path in others if path.exists()]
+    if request.shard_tokens:
+        prefixes += [Path(f"{prefix}-00000") for prefix in prefixes]
+    names = [path for prefix in prefixes for path in pair(prefix)]
+    names += [publishing.manifest_path(request.output), *publishing.blend_paths(request.output)]
+    if request.train_tokenizer is not None:
+        names.append(publishing.tokenizer_path(request.output))
+    return [path for path in names if path.exists()]
 
 
 def prepare(request: Request) -> Result:
@@ -84,7 +81,7 @@ def prepare(request: Request) -> Result:
         OSError: storage; published files of before are kept.
         WorkerDiedError: a worker was killed.
     """
-    workplace, plan = request.workplace, _plan(request)
+    workplace, plan = request.workplace, _plan(request, request.files)
     with workplace.locked():
         try:
             workplace.adopt(plan)
@@ -102,9 +99,11 @@ def prepare(request: Request) -> Result:
         output = Publication(
             request.output, request.options.splits, token_dtype(encoder.vocab_size),
             encoder.vocab_size, sha256, request.shard_tokens, request.options.split_valid,
+            None if request.tokenizer_dir else tokenizer_dir,
         )  # fmt: skip
         records = _finish_parts(request, tokenizer_dir, encoder.engine, output.dtype.itemsize)
-        if changed := parts.changes(plan, _plan(request)):
+        now = [replace(file, size=file.path.stat().st_size) for file in request.files]
+        if changed := parts.changes(plan, _plan(request, now)):
             raise ValueError(
                 "input changed while it was read; pass --overwrite once it is still:\n"
                 + "\n".join(changed)
@@ -119,18 +118,16 @@ def prepare(request: Request) -> Result:
             if empty:
                 workplace.remove()  # nothing to go on with
             raise
-        if request.train_tokenizer is not None:
-            shutil.copytree(tokenizer_dir, request.own_tokenizer, dirs_exist_ok=True)
         workplace.remove()
     num_bytes: Counter[str] = sum((record.num_bytes for record in records), Counter())
     flags = publishing.data_flags(output, splits)
-    final_dir = request.tokenizer_dir or request.own_tokenizer
+    final_dir = request.tokenizer_dir or publishing.tokenizer_path(request.output)
     return Result(splits, num_bytes, report, final_dir, flags)
 
 
-def _plan(request: Request) -> dict[str, Any]:
+def _plan(request: Request, files: list[SourceFile]) -> dict[str, Any]:
     return parts.make_plan(
-        request.files, request.options, engine=request.engine,
+        files, request.options, engine=request.engine,
         train_tokenizer=request.train_tokenizer, tokenizer_bytes=request.tokenizer_bytes,
     )  # fmt: skip
 

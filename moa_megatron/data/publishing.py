@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from moa_megatron.data.checking import check_prefix
-from moa_megatron.data.parts import Record, Workplace, tokenizer_sha256
+from moa_megatron.data.parts import TOKENIZER_FILES, Record, Workplace, tokenizer_sha256
 from moa_megatron.data.token_files import Piece, join, pair
 from moa_megatron.data.tokenization import write_text
 
@@ -37,6 +37,16 @@ class Published:
 
 def manifest_path(prefix: Path) -> Path:
     return Path(f"{prefix}.manifest.json")
+
+
+def blend_paths(prefix: Path) -> tuple[Path, Path]:
+    """The lists of several pairs: of unsplit data, and by split."""
+    return Path(f"{prefix}.blend.txt"), Path(f"{prefix}.blend.json")
+
+
+def tokenizer_path(prefix: Path) -> Path:
+    """Where a tokenizer that is trained for this output goes."""
+    return Path(f"{prefix}-tokenizer")
 
 
 def check_space(folder: Path, text_bytes: int, packed_bytes: int, itemsize: int) -> str | None:
@@ -66,20 +76,16 @@ class Publication:
     tokenizer_sha256: str
     shard_tokens: int | None = None
     held_out: float = 0.0
+    trained: Path | None = None  # the folder of a tokenizer that is published with its pairs
 
     def path(self, split: str) -> Path:
         return Path(f"{self.prefix}-{split}") if split else self.prefix
-
-    @property
-    def blends(self) -> tuple[Path, Path]:
-        """The lists of several pairs: of unsplit data, and by split."""
-        return Path(f"{self.prefix}.blend.txt"), Path(f"{self.prefix}.blend.json")
 
 
 def publish(
     workplace: Workplace, records: Sequence[Record], output: Publication
 ) -> dict[str, list[Published]]:
-    """Write all pairs, then give them their names, with blend file and manifest last.
+    """Write everything beside the parts, then give it its names, with the manifest last.
 
     With ``shard_tokens`` pairs are `PREFIX-00000`, ... of that many tokens each. A shard ends with
     the document that fills it, so the shards are the same for any parts.
@@ -91,27 +97,46 @@ def publish(
     staged = workplace.folder / "ready"
     shutil.rmtree(staged, ignore_errors=True)
     splits = {split: _write(workplace, records, split, output, staged) for split in output.splits}
-    old = _listed(output.prefix)
-    for path in (manifest_path(output.prefix), *output.blends):
-        path.unlink(missing_ok=True)
-    names = [item.prefix for found in splits.values() for item in found]
-    for name in names:
-        final_bin, final_idx = pair(output.prefix.parent / name)
-        new_bin, new_idx = pair(staged / name)
-        final_idx.unlink(missing_ok=True)  # an older index must never meet the new data
-        os.replace(new_bin, final_bin)
-        os.replace(new_idx, final_idx)
-    for name in sorted(old - set(names)):
-        for path in reversed(pair(output.prefix.parent / name)):
-            path.unlink(missing_ok=True)
-    _write_blend(output, splits)
+    _write_blend(output, splits, staged)
+    if output.trained:
+        shutil.copytree(output.trained, staged / tokenizer_path(output.prefix).name)
     state = {
         "tokenizer_sha256": output.tokenizer_sha256,
         "vocab_size": output.vocab_size,
         "splits": {name: [asdict(item) for item in found] for name, found in splits.items()},
     }
-    write_text(manifest_path(output.prefix), json.dumps(state, indent=1) + "\n")
+    write_text(staged / manifest_path(output.prefix).name, json.dumps(state, indent=1) + "\n")
+    _replace(output, [item.prefix for found in splits.values() for item in found], staged)
     return splits
+
+
+def _replace(output: Publication, names: Sequence[str], staged: Path) -> None:
+    """Give the staged files their names in an order that a kill cannot make a mixture of.
+
+    No older pair has an index any more when the first new one gets its own, and the older manifest
+    goes after its pairs, so that a repetition finds those that it still has to remove.
+    """
+    folder, tokenizer = output.prefix.parent, tokenizer_path(output.prefix)
+    if output.trained:
+        tokenizer.mkdir(exist_ok=True)
+    for name in sorted(_listed(output.prefix).union(names)):
+        old_bin, old_idx = pair(folder / name)
+        old_idx.unlink(missing_ok=True)
+        if name not in names:
+            old_bin.unlink(missing_ok=True)
+    for path in (*blend_paths(output.prefix), manifest_path(output.prefix)):
+        path.unlink(missing_ok=True)
+    if output.trained:
+        for file in TOKENIZER_FILES:
+            (tokenizer / file).unlink(missing_ok=True)
+        for path in (staged / tokenizer.name).iterdir():
+            os.replace(path, tokenizer / path.name)
+    for name in names:
+        for new, final in zip(pair(staged / name), pair(folder / name), strict=True):
+            os.replace(new, final)
+    for path in (*blend_paths(output.prefix), manifest_path(output.prefix)):
+        if (staged / path.name).exists():
+            os.replace(staged / path.name, path)
 
 
 def _write(
@@ -228,7 +253,7 @@ def tokenizer_of(prefixes: Sequence[Path]) -> Path | None:
     """The tokenizer that made published corpora, where it lies beside one of them."""
     for prefix in prefixes:
         state = json.loads(manifest_path(prefix).read_text(encoding="utf-8"))
-        folder = Path(f"{prefix}-tokenizer")
+        folder = tokenizer_path(prefix)
         if tokenizer_sha256(folder) == state["tokenizer_sha256"]:
             return folder
     return None
@@ -258,16 +283,16 @@ def weigh(prefix: Path, found: Sequence[Published], weight: float = 1.0) -> list
     ]
 
 
-def _write_blend(output: Publication, splits: dict[str, list[Published]]) -> None:
+def _write_blend(output: Publication, splits: dict[str, list[Published]], folder: Path) -> None:
     if all(len(found) == 1 for found in splits.values()):
         return
     words = {split: weigh(output.prefix, found) for split, found in splits.items()}
-    whole, by_split = output.blends
+    whole, by_split = blend_paths(output.prefix)
     if "" in words:
-        write_text(whole, " ".join(words[""]) + "\n")
+        write_text(folder / whole.name, " ".join(words[""]) + "\n")
     else:
         lists = {split: words.get(split) for split in _SPLITS}
-        write_text(by_split, json.dumps(lists, indent=1) + "\n")
+        write_text(folder / by_split.name, json.dumps(lists, indent=1) + "\n")
 
 
 def data_flags(output: Publication, splits: dict[str, list[Published]]) -> dict[str, Path]:
@@ -277,7 +302,7 @@ def data_flags(output: Publication, splits: dict[str, list[Published]]) -> dict[
             f"--{split}-data-path" if split else "--data-path": output.path(split)
             for split in sorted(splits)
         }
-    whole, by_split = output.blends
+    whole, by_split = blend_paths(output.prefix)
     if "" in splits:
         return {"--data-args-path": whole}
     return {"--per-split-data-args-path": by_split}

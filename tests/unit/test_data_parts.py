@@ -1,6 +1,7 @@
 """Packed and damaged input, parts, resumption, shards and blends: always against one hand-made
 reference, the pair that Megatron's own writer makes of the texts that should be kept."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -432,9 +434,8 @@ def request_for(folder: Path, *files: str, **more: Any) -> preparing.Request:
     options = Options(split_valid=values.pop("split_valid", 0.0))
     tokenizer_dir = values.pop("tokenizer_dir", None)
     train = None if tokenizer_dir else 300
-    return preparing.Request(
-        list_files(paths), folder / "x", options, tokenizer_dir, train, **values
-    )
+    output = values.pop("output", folder / "x")
+    return preparing.Request(list_files(paths), output, options, tokenizer_dir, train, **values)
 
 
 def test_parts_serve_no_other_list_of_files(tmp_path: Path, tokenizer_dir: Path) -> None:
@@ -472,9 +473,13 @@ def test_input_that_changes_is_not_published(
             stream.write(jsonl(["late"]))
         return finish(*arguments)
 
-    monkeypatch.setattr(preparing, "_finish_parts", meanwhile)
-    with pytest.raises(ValueError, match=r"changed while it was read(.|\n)*a.jsonl: changed"):
+    changed = r"changed while it was read(.|\n)*a.jsonl: changed"
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match=changed):
+        patched.setattr(preparing, "_finish_parts", meanwhile)
         preparing.prepare(request)
+    # Grown before the plan is made, but after its size is what the parts are cut by.
+    with pytest.raises(ValueError, match=changed):
+        preparing.prepare(dataclasses.replace(request, overwrite=True))
     assert not (tmp_path / "x.bin").exists()
 
 
@@ -494,6 +499,65 @@ def test_a_tokenizer_is_not_replaced_unasked(tmp_path: Path) -> None:
     assert (tmp_path / "x-tokenizer" / "tokenizer.json").read_bytes() != own
 
 
+def whole_pairs(folder: Path) -> dict[str, bytes]:
+    """What a run that is given prefixes would train on."""
+    indices = (path for path in folder.glob("*.idx") if path.with_suffix(".bin").exists())
+    return {path.stem: path.with_suffix(".bin").read_bytes() for path in indices}
+
+
+@pytest.mark.parametrize("shard_tokens", [None, 30])
+def test_a_kill_between_renames_leaves_no_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_tokens: int | None
+) -> None:
+    """Killed at every change of the output's folder: what lies there is older or newer."""
+    output, saved = tmp_path / "output", tmp_path / "saved"
+    steps_left = 0
+
+    def counted(original: Callable[..., Any], position: int) -> Callable[..., Any]:
+        def wrapper(*arguments: Any, **more: Any) -> Any:
+            nonlocal steps_left
+            if Path(arguments[position]).parent in (output, output / "x-tokenizer"):
+                if not steps_left:
+                    raise KeyboardInterrupt
+                steps_left -= 1
+            return original(*arguments, **more)
+
+        return wrapper
+
+    def prepare(text: str, steps: int, folder: Path = output, **more: Any) -> None:
+        nonlocal steps_left
+        steps_left = steps
+        more |= {"output": folder / "x", "overwrite": True, "split_valid": 0.4}
+        preparing.prepare(request_for(tmp_path, f"{text}.jsonl", **more))
+
+    for text in ("older", "newer"):
+        (tmp_path / f"{text}.jsonl").write_bytes(jsonl([f"{text} {i}" for i in range(40)]))
+    prepare("newer", 0, tmp_path / "reference")
+    prepare("older", 0, saved, shard_tokens=shard_tokens)
+    newer, older = whole_pairs(tmp_path / "reference"), whole_pairs(saved)
+    names = sorted(path.name for path in (tmp_path / "reference").iterdir())
+    assert len(older) > 3 if shard_tokens else set(older) == set(newer)
+    saved.rename(output)
+    monkeypatch.setattr(os, "replace", counted(os.replace, 1))
+    monkeypatch.setattr(Path, "unlink", counted(Path.unlink, 0))
+    with pytest.raises(KeyboardInterrupt):
+        prepare("newer", 0)
+    shutil.copytree(output, saved)  # with finished parts
+    for steps in range(1, 100):
+        try:
+            prepare("newer", steps)
+            break
+        except KeyboardInterrupt:
+            left = whole_pairs(output)
+            assert left.items() <= older.items() or left.items() <= newer.items()
+        prepare("newer", 100)
+        assert whole_pairs(output) == newer
+        assert sorted(path.name for path in output.iterdir()) == names
+        shutil.rmtree(output)
+        shutil.copytree(saved, output)
+    assert steps > 10
+
+
 def test_lists_of_shards_are_of_this_output(tmp_path: Path, tokenizer_dir: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl(["some text"] * 50))
     common = {"tokenizer_dir": tokenizer_dir, "overwrite": True}
@@ -508,6 +572,20 @@ def test_lists_of_shards_are_of_this_output(tmp_path: Path, tokenizer_dir: Path)
     assert all(Path(word).with_suffix("").name for word in blend.read_text().split()[1::2])
     preparing.prepare(request_for(tmp_path, "a.jsonl", **common))
     assert not blend.exists() and not list(tmp_path.glob("x-0*"))
+
+
+def test_existing_files_that_would_be_replaced_are_named(
+    tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["some text"]))
+    names = ["x-train-00000.idx", "x.blend.json", "x.blend.txt", "x.manifest.json"]
+    for name in names:
+        (tmp_path / name).touch()
+    common = {"tokenizer_dir": tokenizer_dir, "split_valid": 0.5}
+    request = request_for(tmp_path, "a.jsonl", shard_tokens=100, **common)
+    assert sorted(path.name for path in preparing.taken(request)) == names
+    request = request_for(tmp_path, "a.jsonl", **common)  # touches no shards that it did not make
+    assert sorted(path.name for path in preparing.taken(request)) == names[1:]
 
 
 def test_an_empty_split_says_what_to_do(tmp_path: Path, tokenizer_dir: Path) -> None:
