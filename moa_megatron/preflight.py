@@ -98,19 +98,33 @@ def _no_data(args: argparse.Namespace) -> str:
 
 
 def index_problems(args: argparse.Namespace) -> list[str]:
-    """Dataset indices that a kill has cut, or of older data; Megatron would take them for good."""
-    if args.mock_data:
-        return []
+    """Dataset indices that a kill has cut or that are older than their data.
+
+    Megatron would take them for good.
+    """
     try:
-        prefixes = data_prefixes(args)
-    except (OSError, ValueError, AttributeError):
-        return []  # data_problems says why
-    return [
-        f"{problem}: Megatron would read it; remove {cache}, or run tools/prepare_data.py "
-        "--build-index with this recipe and these flags"
-        for cache in index_cache.caches(args, prefixes)
-        for problem in index_cache.damaged(cache).values()
-    ]
+        prefixes = [] if args.mock_data else data_prefixes(args)
+    except (OSError, ValueError, AttributeError):  # `data_problems` reports it
+        prefixes = []
+    rebuild = "run tools/prepare_data.py --build-index with this recipe and these flags"
+    folders = index_cache.default_folders(prefixes)
+    if args.data_cache_path is None:
+        rebuild += " and --data-cache-path DIR for both"
+    else:
+        folders = [Path(args.data_cache_path)]
+    problems = []
+    for folder in folders:
+        problems += [
+            f"{problem}: Megatron would read it; remove it, or {rebuild}"
+            for problem in index_cache.damaged(folder).values()
+        ]
+        if old := index_cache.stale(folder, prefixes):
+            problems.append(
+                f"{folder}: {len(old)} dataset indices are older than their data, such as "
+                f"{min(old.values())}.bin: Megatron would train on the order of the earlier data; "
+                f"remove the folder, or {rebuild}"
+            )
+    return problems
 
 
 def tokenizer_problems(args: argparse.Namespace) -> list[str]:

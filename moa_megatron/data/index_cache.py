@@ -1,12 +1,12 @@
 """Dataset indices of a run, built without a GPU: `tools/prepare_data.py --build-index RECIPE`.
 
 Megatron takes an index for good when its files exist, and writes them in place: one that was cut by
-a kill would be used. Here they are built in a folder of their own and moved, description last.
+a kill would be used. Here they are built in a folder of their own and moved, description last. Its
+key names the path of the data, not the content: `stale` finds the indices of earlier data.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -18,9 +18,9 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _DESCRIPTION = "-description.txt"
+# The arrays of an index by its class; the description is written before them.
+_ARRAYS = {
+    "GPTDataset": ("document_index", "sample_index", "shuffle_index"),
+    "BlendedDataset": ("dataset_index", "dataset_sample_index"),
+}
 # A younger file that is too short may be one that a run is writing at this moment.
 _SETTLED_SECONDS = 120.0
 _EXIT_INPUT, _EXIT_STORAGE = 78, 74
@@ -79,6 +84,8 @@ def _prepared(argv: list[str]) -> Run:
 def build(run: Run) -> tuple[Path, list[Path], list[Path]]:
     """Build the indices of a run's first rank, those which its cache does not have yet.
 
+    Damaged and stale ones are built anew; what this run does not read of them is removed.
+
     Returns:
         The cache, the files built, and those of this run that were there.
 
@@ -86,6 +93,7 @@ def build(run: Run) -> tuple[Path, list[Path], list[Path]]:
         RefusedError: no data or no cache is named.
         OSError: the cache cannot be written; nothing incomplete is left in it.
     """
+    from moa_megatron.preflight import data_prefixes
     from moa_megatron.recipes import RefusedError
 
     if run.args.mock_data:
@@ -93,13 +101,15 @@ def build(run: Run) -> tuple[Path, list[Path], list[Path]]:
     if run.args.data_cache_path is None:
         raise RefusedError("--data-cache-path is missing: name the folder that the run reads too")
     cache = Path(run.args.data_cache_path).absolute()
-    bad = damaged(cache, settled_seconds=0)
-    for problem in bad.values():
-        logger.warning("%s; it is built anew", problem)
+    prefixes = data_prefixes(run.args)
+    bad, old = damaged(cache, settled_seconds=0), stale(cache, prefixes, settled_seconds=0)
+    older = [f"{cache / name}-*: older than {prefix}.bin" for name, prefix in old.items()]
+    for problem in [*bad.values(), *older]:
+        logger.warning("%s; it is built anew, or removed if this run does not read it", problem)
     building = cache / f".building-{uuid.uuid4().hex[:8]}"
     building.mkdir(parents=True)
     try:
-        for path in _complete(cache, set(bad)):
+        for path in _complete(cache, {_index_of(path) for path in bad} | set(old)):
             (building / path.name).symlink_to(path)
         with contextlib.redirect_stdout(io.StringIO()):
             indices = _build_datasets(run, building)
@@ -111,6 +121,7 @@ def build(run: Run) -> tuple[Path, list[Path], list[Path]]:
             os.replace(path, cache / path.name)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+    _remove_useless(cache, prefixes)
     new = sorted(cache / path.name for path in built)
     files = [path for path in cache.iterdir() if _index_of(path) in indices]
     return cache, new, sorted(set(files) - set(new))
@@ -155,10 +166,9 @@ def _build_datasets(run: Run, folder: Path) -> set[str]:
 
 
 def damaged(cache: Path, settled_seconds: float = _SETTLED_SECONDS) -> dict[Path, str]:
-    """The files in a cache that Megatron would take for good, each with its problem.
+    """The arrays in a cache that are shorter than their headers say, each with its problem.
 
-    Arrays that are shorter than their headers say, unless younger than `settled_seconds`, and
-    indices of pairs that have been written anew.
+    Files younger than `settled_seconds` are left out.
     """
     found = {}
     for path in sorted(cache.glob("*.npy")) if cache.is_dir() else []:
@@ -174,30 +184,59 @@ def damaged(cache: Path, settled_seconds: float = _SETTLED_SECONDS) -> dict[Path
             continue
         if status.st_size != needed:
             found[path] = f"{path}: cut, {status.st_size:,} bytes of {needed:,}"
-    for description in sorted(cache.glob(f"*{_DESCRIPTION}")) if cache.is_dir() else []:
-        if problem := _stale(description):
-            found[description] = problem
     return found
 
 
-def _stale(description: Path) -> str | None:
-    """Whether the pair of an index is younger: Megatron's key holds its path, not its content."""
-    try:
-        prefix = json.loads(description.read_text(encoding="utf-8"))["dataset_path"]
-        built = description.stat().st_mtime
-        newer = [path for path in pair(Path(prefix)) if path.stat().st_mtime > built]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # of a blend, or being written, or of data that is gone
-    if not newer:
-        return None
-    return f"{description}: index of older data, {newer[0]} has been written since"
+def stale(
+    cache: Path, prefixes: Collection[str], settled_seconds: float = _SETTLED_SECONDS
+) -> dict[str, str]:
+    """The whole indices in a cache that are older than their data: index name to data prefix.
+
+    Only those of `prefixes` are looked at, spelt as the run spells them. One that has an older file
+    and another younger than `settled_seconds` is left out: a run may be writing it.
+    """
+    found = {}
+    for description in sorted(cache.glob(f"*{_DESCRIPTION}")) if cache.is_dir() else []:
+        try:
+            times = [path.stat().st_mtime for path in _files(description)]
+            named = _dataset_paths(json.loads(description.read_text(encoding="utf-8")))
+            if not times or not named or not named <= set(prefixes):
+                continue
+            made = {
+                prefix: max(path.stat().st_mtime for path in pair(Path(prefix))) for prefix in named
+            }
+        except (FileNotFoundError, ValueError):  # not whole: Megatron does not take it either
+            continue
+        prefix = max(made, key=lambda name: made[name])
+        is_written = max(times) >= made[prefix] and time.time() - max(times) < settled_seconds
+        if min(times) < made[prefix] and not is_written:
+            found[_index_of(description)] = prefix
+    return found
 
 
-def caches(args: argparse.Namespace, prefixes: Sequence[str]) -> list[Path]:
-    """Where Megatron keeps the indices of a run: one folder, or one beside each pair."""
-    if args.data_cache_path is not None:
-        return [Path(args.data_cache_path)]
-    return [Path(prefix, "cache", "GPTDataset_indices") for prefix in dict.fromkeys(prefixes)]
+def default_folders(prefixes: Collection[str]) -> list[Path]:
+    """Where Megatron keeps the index of each pair when `--data-cache-path` is not given."""
+    return [Path(prefix) / "cache" / "GPTDataset_indices" for prefix in prefixes]
+
+
+def _dataset_paths(description: Any) -> set[str]:
+    """All data prefixes in a description; a blend's holds those of its parts."""
+    if isinstance(description, list):
+        return {path for item in description for path in _dataset_paths(item)}
+    if not isinstance(description, dict):
+        return set()
+    path = description.get("dataset_path")
+    own = {path} if isinstance(path, str) else set()
+    return own | _dataset_paths(list(description.values()))
+
+
+def _remove_useless(cache: Path, prefixes: Collection[str]) -> None:
+    """Remove what a run would refuse: left of indices that the run just served does not read."""
+    for name in stale(cache, prefixes):
+        for path in _files(cache / f"{name}{_DESCRIPTION}"):
+            path.unlink(missing_ok=True)
+    for path in damaged(cache):
+        path.unlink(missing_ok=True)
 
 
 def _needed_bytes(path: Path) -> int:
@@ -211,20 +250,26 @@ def _needed_bytes(path: Path) -> int:
         return int(stream.tell() + np.prod(shape, dtype=np.int64) * dtype.itemsize)
 
 
-def _complete(cache: Path, bad: set[Path]) -> list[Path]:
-    """Files of the indices in a cache that are whole: all are there, none is damaged.
+def _complete(cache: Path, unusable: set[str]) -> list[Path]:
+    """Files of the whole indices in a cache, without those named in `unusable`.
 
     Megatron builds an index anew where a file is missing, through any link to the others.
     """
-    indices: dict[str, list[Path]] = {}
-    for path in (*cache.glob("*.npy"), *cache.glob(f"*{_DESCRIPTION}")):
-        indices.setdefault(_index_of(path), []).append(path)
+    indices = [_files(description) for description in cache.glob(f"*{_DESCRIPTION}")]
     return [
         path
-        for name, files in indices.items()
-        if len(files) == (3 if "-BlendedDataset-" in name else 4) and not bad.intersection(files)
+        for files in indices
+        if files and _index_of(files[0]) not in unusable and all(f.is_file() for f in files)
         for path in files
     ]
+
+
+def _files(description: Path) -> list[Path]:
+    """All files that an index must have, its description first; none for an unknown class."""
+    name = _index_of(description)
+    arrays = _ARRAYS.get(name.rpartition("-")[0].rpartition("-")[2], ())
+    paths = [description.with_name(f"{name}-{array}.npy") for array in arrays]
+    return [description, *paths] if paths else []
 
 
 def _index_of(path: Path) -> str:

@@ -219,14 +219,9 @@ def blend(prefixes: Sequence[Path], weights: Sequence[float]) -> dict[str, list[
     corpora: list[tuple[Path, float, dict[str, Any]]] = []
     for prefix, weight in zip(prefixes, weights, strict=True):
         try:
-            state = json.loads(manifest_path(prefix).read_text(encoding="utf-8"))
-            missing = {"tokenizer_sha256", "vocab_size", "splits"} - set(state)
-            if missing:
-                raise ValueError(f"without {', '.join(sorted(missing))}")
-            corpora.append((prefix, weight, state))
-        except (OSError, ValueError, TypeError) as error:
-            path = manifest_path(prefix)
-            problems.append(f"{path}: no manifest of tools/prepare_data.py ({error})")
+            corpora.append((prefix, weight, _read_manifest(prefix)))
+        except ValueError as error:
+            problems.append(str(error))
     for prefix, _, state in corpora:
         if state["tokenizer_sha256"] != corpora[0][2]["tokenizer_sha256"]:
             problems.append(
@@ -247,6 +242,24 @@ def blend(prefixes: Sequence[Path], weights: Sequence[float]) -> dict[str, list[
             words += weigh(prefix, [Published(**item) for item in found], weight)
         lists[split] = words or None
     return lists
+
+
+def _read_manifest(prefix: Path) -> dict[str, Any]:
+    """Raises ValueError where there is none, or another program's."""
+    path = manifest_path(prefix)
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        values = [(state["tokenizer_sha256"], str), (state["vocab_size"], int)]
+        for item in (Published(**item) for found in state["splits"].values() for item in found):
+            values += [(item.prefix, str), (item.documents, int), (item.tokens, int)]
+        foreign = [value for value, kind in values if not isinstance(value, kind)]
+        if foreign:
+            raise ValueError(f"unexpected value {foreign[0]!r}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: no manifest of tools/prepare_data.py ({error!r}); give what was its --output"
+        ) from error
+    return state
 
 
 def tokenizer_of(prefixes: Sequence[Path]) -> Path | None:

@@ -2,6 +2,7 @@
 reference, the pair that Megatron's own writer makes of the texts that should be kept."""
 
 import dataclasses
+import errno
 import gzip
 import json
 import os
@@ -461,6 +462,28 @@ def test_what_a_folder_hides_is_named(tmp_path: Path) -> None:
         list_files([tmp_path])
 
 
+def test_every_folder_that_cannot_be_listed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("open", "closed", "shut", ".hidden"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.py").write_text("text")
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:  # permissions would not stop root
+        if Path(path).name in ("closed", "shut", ".hidden"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError) as caught:
+        list_files([tmp_path, tmp_path / "none"])
+    lines = sorted(str(caught.value).splitlines())
+    assert [line.partition(": ")[0] for line in lines] == [
+        f"{tmp_path}/closed", f"{tmp_path}/shut", f"input {tmp_path}/none"
+    ]  # fmt: skip
+
+
 def test_input_that_changes_is_not_published(
     tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -667,6 +690,25 @@ def test_blend(tmp_path: Path, tokenizer_dir: Path) -> None:
     assert done.returncode == 78
     for part in ("weight -1.0 of web", "code: made with another tokenizer", "one of them is cut"):
         assert part in done.stderr
+
+
+def test_foreign_manifests_are_named(tmp_path: Path) -> None:
+    good = {"tokenizer_sha256": "0", "vocab_size": 9, "splits": {}}
+    pair_of_another_kind = {"prefix": "x", "documents": 1, "tokens": "many"}
+    contents = (
+        [], {"name": "app"}, {**good, "splits": []}, {**good, "vocab_size": "9"},
+        {**good, "splits": {"train": [{"path": "x"}]}}, {**good, "splits": {"train": 3}},
+        {**good, "splits": {"train": [pair_of_another_kind]}},
+    )  # fmt: skip
+    prefixes = [tmp_path / str(number) for number in range(len(contents))]
+    for prefix, content in zip(prefixes, contents):
+        publishing.manifest_path(prefix).write_text(json.dumps(content))
+    with pytest.raises(ValueError) as caught:
+        publishing.blend([*prefixes, tmp_path / "none"], [1.0] * (len(prefixes) + 1))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(contents) + 1
+    for prefix, line in zip([*prefixes, tmp_path / "none"], lines):
+        assert line.startswith(f"{prefix}.manifest.json: no manifest of tools/prepare_data.py")
 
 
 def test_missing_zstandard_is_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

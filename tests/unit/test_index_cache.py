@@ -14,7 +14,6 @@ import pytest
 
 from moa_megatron import preflight
 from moa_megatron.data import index_cache
-from moa_megatron.data.token_files import pair
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "prepare_data.py"
@@ -40,42 +39,108 @@ def test_cut_arrays_are_named(tmp_path: Path) -> None:
     assert index_cache.damaged(tmp_path / "none") == {}
 
 
-def index(cache: Path, prefix: Path, kinds: tuple[str, ...]) -> None:
+KINDS = {
+    "GPTDataset": ("document_index", "sample_index", "shuffle_index"),
+    "BlendedDataset": ("dataset_index", "dataset_sample_index"),
+}
+
+
+def write_index(cache: Path, name: str, *prefixes: str, time: float) -> list[Path]:
+    """An index `name` (HASH-CLASS-SPLIT) of the class, as Megatron writes it; description first."""
     cache.mkdir(parents=True, exist_ok=True)
-    stem = f"{cache}/h-GPTDataset-train-"
-    Path(f"{stem}description.txt").write_text(json.dumps({"dataset_path": str(prefix)}))
-    for kind in kinds:
-        np.save(f"{stem}{kind}_index.npy", np.arange(9))
+    parts: list[object] = [{"dataset_path": prefix, "num_samples": 9} for prefix in prefixes]
+    class_ = name.split("-")[1]
+    described = {"datasets": parts} if class_ == "BlendedDataset" else parts[0]
+    files = [cache / f"{name}-description.txt"]
+    files[0].write_text(json.dumps(described))
+    for kind in KINDS[class_]:
+        files.append(cache / f"{name}-{kind}.npy")
+        np.save(files[-1], np.arange(5))
+    for path in files:
+        os.utime(path, (time, time))
+    return files
 
 
-def test_an_index_of_older_data_is_named(tmp_path: Path) -> None:
-    prefix, cache = tmp_path / "x", tmp_path / "x" / "cache" / "GPTDataset_indices"
-    for path in pair(prefix):
-        path.touch()
-        os.utime(path, (1e9, 1e9))
-    index(cache, prefix, ("document", "sample", "shuffle"))
-    assert index_cache.damaged(cache, 0) == {}
-    os.utime(pair(prefix)[0])
-    os.utime(cache / "h-GPTDataset-train-description.txt", (1.5e9, 1.5e9))
-    (problem,) = index_cache.damaged(cache).values()
-    assert "index of older data" in problem and "x.bin has been written since" in problem
-    # Without --data-cache-path Megatron keeps indices beside each pair.
+def write_pair(prefix: Path, time: float) -> str:
+    for suffix in (".bin", ".idx"):
+        path = Path(f"{prefix}{suffix}")
+        path.write_bytes(b"")
+        os.utime(path, (time, time))
+    return str(prefix)
+
+
+def test_indices_of_earlier_data_are_stale(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    x, y = write_pair(tmp_path / "x", 1000), write_pair(tmp_path / "y", 3000)
+    write_index(cache, "a-GPTDataset-train", x, time=2000)
+    files = write_index(cache, "b-GPTDataset-train", y, time=2000)
+    write_index(cache, "c-BlendedDataset-train", x, y, time=2000)
+    write_index(cache, "d-GPTDataset-train", y, time=4000)
+    (cache / "e-GPTDataset-train-description.txt").write_text("{")
+    assert index_cache.stale(cache, [x, y]) == {
+        "b-GPTDataset-train": y, "c-BlendedDataset-train": y
+    }  # fmt: skip
+    # Other runs' data is not this run's business.
+    assert index_cache.stale(cache, [x]) == {}
+    # One file of the earlier data is enough, unless a run is just writing the others.
+    for path in files[:-1]:
+        os.utime(path, (4000, 4000))
+    assert "b-GPTDataset-train" in index_cache.stale(cache, [y])
+    os.utime(files[0])
+    assert index_cache.stale(cache, [y]) == {}
+    assert "b-GPTDataset-train" in index_cache.stale(cache, [y], settled_seconds=0)
+    # Not whole: Megatron builds it anew.
+    files[-1].unlink()
+    assert index_cache.stale(cache, [y], settled_seconds=0) == {}
+    assert index_cache.stale(tmp_path / "none", [y]) == {}
+
+
+def test_a_run_refuses_stale_indices(tmp_path: Path) -> None:
+    x = write_pair(tmp_path / "x", 3000)
     args = argparse.Namespace(
-        mock_data=False, data_cache_path=None, data_path=[str(prefix)], train_data_path=None,
-        valid_data_path=None, test_data_path=None, data_args_path=None,
-        per_split_data_args_path=None,
+        mock_data=False, data_path=["0.5", x], train_data_path=None, valid_data_path=None,
+        test_data_path=None, data_args_path=None, per_split_data_args_path=None,
+        data_cache_path=str(tmp_path / "cache"),
     )  # fmt: skip
-    (refused,) = preflight.index_problems(args)
-    assert problem in refused and f"remove {cache}" in refused and "--build-index" in refused
+    assert preflight.index_problems(args) == []
+    write_index(tmp_path / "cache", "a-GPTDataset-train", x, time=2000)
+    (problem,) = preflight.index_problems(args)
+    assert f"{tmp_path / 'cache'}: 1 dataset indices are older" in problem
+    assert f"{x}.bin" in problem and "--build-index" in problem
+    # Without a cache Megatron keeps them in a folder beside each pair.
+    args.data_cache_path = None
+    assert preflight.index_problems(args) == []
+    folder = Path(x) / "cache" / "GPTDataset_indices"
+    write_index(folder, "a-GPTDataset-train", x, time=2000)
+    (problem,) = preflight.index_problems(args)
+    assert str(folder) in problem and "--data-cache-path DIR" in problem
+    # The list of the data cannot be read: that is reported elsewhere.
+    args.data_path, args.data_args_path = None, str(tmp_path / "none")
+    assert preflight.index_problems(args) == []
+
+
+def test_what_no_run_may_read_is_removed(tmp_path: Path) -> None:
+    x = write_pair(tmp_path / "x", 3000)
+    cache = tmp_path / "cache"
+    write_index(cache, "a-GPTDataset-train", x, time=2000)
+    cut, *_ = write_index(cache, "b-GPTDataset-train", x, time=4000)[1:]
+    cut.write_bytes(b"")
+    os.utime(cut, (4000, 4000))
+    kept = write_index(cache, "c-GPTDataset-train", x, time=4000)
+    index_cache._remove_useless(cache, [x])
+    assert index_cache.stale(cache, [x], 0) == {} and index_cache.damaged(cache, 0) == {}
+    assert set(kept) < set(cache.iterdir()) and not cut.exists()
+    assert not list(cache.glob("a-*"))
 
 
 def test_only_whole_indices_are_built_upon(tmp_path: Path) -> None:
-    index(tmp_path, tmp_path / "none", ("document",))
-    assert index_cache._complete(tmp_path, set()) == []
-    index(tmp_path, tmp_path / "none", ("sample", "shuffle"))
-    assert len(index_cache._complete(tmp_path, set())) == 4
-    bad = {tmp_path / "h-GPTDataset-train-sample_index.npy"}
-    assert index_cache._complete(tmp_path, bad) == []
+    whole = write_index(tmp_path, "a-GPTDataset-train", "x", time=1000)
+    whole += write_index(tmp_path, "b-BlendedDataset-valid", "x", time=1000)
+    for number, class_ in enumerate(("GPTDataset", "GPTDataset", "BlendedDataset")):
+        write_index(tmp_path, f"c{number}-{class_}-train", "x", time=1000)[number].unlink()
+    write_index(tmp_path, "d-GPTDataset-train", "x", time=1000)
+    (tmp_path / "notes-description.txt").write_text("of someone else")
+    assert set(index_cache._complete(tmp_path, {"d-GPTDataset-train"})) == set(whole)
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +217,20 @@ def test_the_run_finds_every_index(corpus: Path, tmp_path: Path) -> None:
     assert f"{victim}: cut" in errors and "it is built anew" in errors
     assert f"built {victim.name}" in printed
     assert contents(cache) == before
+    # Data that is prepared again makes its indices, and those of the blend, stale.
+    pairs = sorted(corpus.glob("x-train-*.bin"))
+    times = pairs[0].stat()
+    os.utime(pairs[0])
+    try:
+        done = subprocess.run(
+            [*words, "--dry-run"], cwd=corpus, capture_output=True, text=True, env=ENVIRONMENT
+        )
+        assert done.returncode == 78 and f"{cache}: 2 dataset indices are older" in done.stderr
+        printed, errors = build(corpus, cache).communicate(timeout=200)
+    finally:
+        os.utime(pairs[0], ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert f"older than {pairs[0].with_suffix('')}.bin" in errors
+    assert printed.count("built ") == 7 and contents(cache) == before
 
 
 @pytest.mark.slow
