@@ -11,7 +11,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from moa_megatron.data import publishing
+from moa_megatron.data import blends
 from moa_megatron.data.tokenization import write_text
 from moa_megatron.recipes import Parser
 
@@ -31,7 +31,7 @@ def main() -> int:
     try:
         args = parser.parse_args()
         prefixes, weights = weights_and_prefixes(args)
-        lists = publishing.blend(prefixes, weights)
+        lists = blends.blend(prefixes, weights)
         write_text(args.output, json.dumps(lists, indent=1) + "\n")
     except ValueError as error:
         print(f"blend_data: refused\n{error}", file=sys.stderr)
@@ -41,7 +41,7 @@ def main() -> int:
         return EXIT_STORAGE
     for split, words in lists.items():
         print(f"{split}: {len(words or []) // 2} pairs")
-    folder = publishing.tokenizer_of(prefixes)
+    folder = blends.tokenizer_of(prefixes)
     flags = ["--per-split-data-args-path", str(args.output)]
     flags += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder or "DIR")]
     print(f"train with: {shlex.join(flags)}")
