@@ -49,6 +49,14 @@ def tokens(text: str, parameters: int | None) -> int:
     return round(number * parameters)
 
 
+def short(number: float) -> str:
+    """Three digits and a unit, as ``--tokens`` takes them: ``2.62B``, ``154K``."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:g}"
+
+
 def steps(text: str, parameters: int | None, tokens_per_step: int) -> int:
     """Steps that see at least the budget of ``--tokens``; see ``tokens``."""
     return math.ceil(tokens(text, parameters) / tokens_per_step)

@@ -150,7 +150,7 @@ class Run:
         samples = args.train_samples or (args.train_iters or 0) * args.global_batch_size
         unit = "samples" if args.train_samples else f"steps of {tokens:,} tokens"
         length = f"{args.train_samples or args.train_iters} {unit}"
-        length += f", {samples * args.seq_length / 1e9:.3g} B tokens in all"
+        length += f", {budget.short(samples * args.seq_length)} tokens in all"
         sizes = (
             ("TP", args.tensor_model_parallel_size),
             ("PP", args.pipeline_model_parallel_size),

@@ -31,6 +31,14 @@ def test_tokens_per_parameter_need_the_parameters() -> None:
         budget.tokens("20x", None)
 
 
+@pytest.mark.parametrize(
+    ("number", "words"), [(999, "999"), (153_600, "154K"), (2.62144e9, "2.62B"), (4e12, "4T")]
+)
+def test_numbers_are_shown_as_they_are_given(number: float, words: str) -> None:
+    assert budget.short(number) == words
+    assert budget.tokens(words, None) == pytest.approx(number, rel=5e-3)
+
+
 def test_steps_see_at_least_the_budget() -> None:
     assert budget.steps("1000", None, 100) == 10
     assert budget.steps("1001", None, 100) == 11

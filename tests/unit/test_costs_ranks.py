@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterable
 from typing import Any
 from unittest import mock
 
@@ -19,16 +20,19 @@ from tests.unit.test_costs import prepared
 TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
 CP = "--context-parallel-size"
 EP, ETP = "--expert-model-parallel-size", "--expert-tensor-parallel-size"
+ONE = ("--micro-batch-size", "1")
 VPP = "--num-layers-per-virtual-pipeline-stage"
 SP = "--sequence-parallel"
 
 
-def built_everywhere(world: int, *words: str) -> tuple[Any, Any, list[tuple[int, int]]]:
-    """The prepared run, its layout, and numbers of parameters and gates on each rank."""
+def built_on(
+    ranks: Iterable[int], world: int, *words: str
+) -> tuple[Any, Any, dict[int, tuple[int, int]]]:
+    """The prepared run, its layout, and by rank numbers of parameters and gates."""
     from moa_megatron.layout import Layout
 
     with mock.patch.dict(os.environ, {"WORLD_SIZE": str(world), "RANK": "0"}):
-        run = prepared(*words, "--micro-batch-size", "1")
+        run = prepared(*words)
     args = run.args
     tp, pp, cp = (
         args.tensor_model_parallel_size,
@@ -44,7 +48,7 @@ def built_everywhere(world: int, *words: str) -> tuple[Any, Any, list[tuple[int,
         etp=args.expert_tensor_parallel_size or tp,
         dp=world // (tp * pp * cp),
     )
-    return run, layout, [_counts(run, layout, rank) for rank in range(world)]
+    return run, layout, {rank: _counts(run, layout, rank) for rank in ranks}
 
 
 def _counts(run: Any, layout: Any, rank: int) -> tuple[int, int]:
@@ -91,19 +95,37 @@ def _counts(run: Any, layout: Any, rank: int) -> tuple[int, int]:
     return total, gates
 
 
-def assert_ranks(world: int, *words: str) -> None:
+def assert_ranks(world: int, *words: str, ranks: Iterable[int] | None = None) -> None:
     from moa_megatron.costs.parameters import weights
 
-    run, layout, actual = built_everywhere(world, *words)
-    each = world // layout.pp
-    for stage in range(layout.pp):
+    some = range(world) if ranks is None else ranks
+    run, layout, actual = built_on(some, world, *words)
+    for number, found in actual.items():
+        stage = number // (world // layout.pp)
         rank = weights(run.args, run.moa, run.args.padded_vocab_size, layout, stage)
         expected = (
             sum(w.numel * w.copies for w in rank),
             sum(w.numel * w.copies for w in rank if w.gate),
         )
-        found = set(actual[stage * each : (stage + 1) * each])
-        assert found == {expected}, (words, layout, stage, found, expected)
+        assert found == expected, (words, layout, number, found, expected)
+
+
+def check_every_recipe_at_its_suggested_layouts() -> None:
+    """The first three that the planner names for a node, as its own flags give them."""
+    from moa_megatron import host
+
+    host.install()
+    from moa_megatron import planning, recipes
+
+    for recipe in recipes.available():
+        if recipe.startswith("tiny"):
+            continue
+        model = planning.read(recipe, [])
+        choices, _ = planning.choices(model, planning.Cluster(8, "h100"))
+        assert len(choices) >= 3, recipe
+        for choice in choices[:3]:
+            flags = choice.flags(model.given, model.args.micro_batch_size)
+            assert_ranks(8, recipe, *flags, ranks=(0, 7))
 
 
 def check_dense() -> None:
@@ -119,7 +141,7 @@ def check_dense() -> None:
         (CP, "2", "--group-query-attention", "--num-query-groups", "2", "--moa-mixing", "la"),
         (PP, "2", "--hybrid-layer-pattern", "*-*|-*-"),
     ):
-        assert_ranks(4, "tiny-dense", *words)
+        assert_ranks(4, "tiny-dense", *words, *ONE)
 
 
 def check_experts() -> None:
@@ -134,7 +156,7 @@ def check_experts() -> None:
         ),
         ("layer", "expert"),
     ):
-        assert_ranks(4, "tiny-moe", "--moa-gate-scope", scope, *words)
+        assert_ranks(4, "tiny-moe", "--moa-gate-scope", scope, *words, *ONE)
 
 
 def check_real_sizes() -> None:

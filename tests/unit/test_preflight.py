@@ -1,7 +1,9 @@
 """Arguments and preflight with Megatron's real parser: what is derived, what is refused and how."""
 
 import argparse
+import fnmatch
 import os
+import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -234,6 +236,47 @@ def check_data_problems() -> None:
         Path(f"{foreign}.bin").write_bytes(b"xx")
         with refused(str(foreign)):
             prepare("--data-path", str(foreign), "--vocab-size", "64")
+
+
+def check_the_advised_preparation_runs_as_printed() -> None:
+    """On a corpus of the same names and forms; the shell expands the patterns."""
+    import gzip
+    import subprocess
+    import sys
+
+    import zstandard
+
+    from moa_megatron import host
+
+    host.install()
+    from moa_megatron import launch
+
+    with pytest.raises(RefusedError) as caught:
+        launch.prepare(recipes.parse_command_line(["moe-2b", "--dry-run"]), host.HOST_ARGS)
+    lines = str(caught.value).splitlines()
+    commands = [line.strip() for line in lines if "prepare_data.py data/" in line]
+    fetched = [line.strip() for line in lines if "hf download" in line]
+    assert len(commands) == len(fetched) == 2
+    text = "".join(f'{{"text": "document {i} of a corpus"}}\n' for i in range(9000)).encode()
+    names = (
+        "en/c4-train.00003-of-01024.json.gz",
+        "global-shard_01_of_10/local-shard_1_of_10/shard_00000000_processed.jsonl.zst",
+    )
+    packed = (gzip.compress(text), zstandard.ZstdCompressor().compress(text))
+    root = Path(__file__).parents[2]
+    for command, fetch, name, raw in zip(commands, fetched, names, packed):
+        include = shlex.split(fetch)[shlex.split(fetch).index("--include") + 1]
+        assert fnmatch.fnmatch(name, include), (name, include)
+        with tempfile.TemporaryDirectory() as folder:
+            local = shlex.split(fetch)[-1]
+            path = Path(folder, local, name)
+            path.parent.mkdir(parents=True)
+            path.write_bytes(raw)
+            words = command.replace(".venv/bin/python", sys.executable)
+            words = words.replace("tools/", f"{root}/tools/")
+            done = subprocess.run(words, shell=True, cwd=folder, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            assert f"train with: --train-data-path {local}/tokens-train" in done.stdout
 
 
 def check_broken_run_folder_is_not_restarted() -> None:
