@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+from megatron.training.vocab_utils import calculate_padded_vocab_size
+
 from moa_megatron import arguments, budget, costs, recipes
 from moa_megatron.config import MoAConfig
 from moa_megatron.costs.activations import ENGINE, LOCAL, Modules
@@ -116,5 +118,5 @@ def read(recipe: str, words: list[str]) -> Model:
 
 def padded(args: argparse.Namespace, tp: int) -> int:
     """Rows of the embedding at a tensor-parallel size, as Megatron pads the vocabulary."""
-    multiple = args.make_vocab_size_divisible_by * tp
-    return int(-(-args.vocab_size // multiple) * multiple)
+    divisor = args.make_vocab_size_divisible_by
+    return int(calculate_padded_vocab_size(args.vocab_size, divisor, tp, logging_enabled=False))
