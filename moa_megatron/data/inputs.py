@@ -70,7 +70,7 @@ def list_files(inputs: Sequence[Path], suffixes: Sequence[str] = (".py",)) -> li
             files.append(SourceFile(source, source.name, source.stat().st_size))
     named_once: set[Path] = set()
     for file in files:
-        if (path := file.path.absolute()) in named_once:
+        if (path := file.path.resolve()) in named_once:
             problems.append(f"{file.path}: named twice; its documents would be there twice")
         named_once.add(path)
     problems += [f"{f.path}: no read permission" for f in files if not os.access(f.path, os.R_OK)]

@@ -55,6 +55,9 @@ def test_parts_serve_no_other_list_of_files(tmp_path: Path, tokenizer_dir: Path)
         (tmp_path / f"{name}.jsonl").write_bytes(jsonl([name] * 5) + b"broken\n")
     with pytest.raises(ValueError, match=r"a.jsonl: named twice"):
         request_for(tmp_path, "a.jsonl", "b.jsonl", "a.jsonl", tokenizer_dir=tokenizer_dir)
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match=r"link.jsonl: named twice"):
+        request_for(tmp_path, "a.jsonl", "link.jsonl", tokenizer_dir=tokenizer_dir)
     both = request_for(tmp_path, "a.jsonl", "b.jsonl", tokenizer_dir=tokenizer_dir, strict=True)
     with pytest.raises(ValueError, match="2 bad lines"):
         preparing.prepare(both)
