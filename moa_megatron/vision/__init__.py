@@ -1,1 +1,1 @@
-"""Masked autoencoders (MAE) with MoA feedforward layers; docs/vision.md. Needs the extra `vision`."""
+"""Masked autoencoders (MAE) with MoA feedforward layers. Needs the extra `vision`."""

@@ -30,7 +30,7 @@ def uniforms(seed: int, purpose: Purpose, samples: ArrayLike, count: int) -> NDA
         count: numbers of each.
 
     Returns:
-        [b, count]. Philox's raw output is stable across versions of numpy, its permutations are not.
+        [b, count]. Philox's raw output is stable across versions of numpy, permutations are not.
     """
     numbers = np.atleast_1d(np.asarray(samples, dtype=np.uint64))
     raw = np.empty((len(numbers), count), dtype=np.uint64)
@@ -39,4 +39,4 @@ def uniforms(seed: int, purpose: Purpose, samples: ArrayLike, count: int) -> NDA
         # The lowest of the four words counts the draws themselves.
         counter = np.array([0, number, 0, 0], dtype=np.uint64)
         row[:] = np.random.Philox(counter=counter, key=key).random_raw(count)
-    return (raw >> np.uint64(11)) * 2.0**-53
+    return np.asarray((raw >> np.uint64(11)) * 2.0**-53, dtype=np.float64)
