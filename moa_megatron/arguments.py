@@ -17,10 +17,12 @@ from megatron.training.arguments import parse_args
 from moa_megatron import checkpoints, derive, recipes
 from moa_megatron.config import MoAConfig, add_moa_arguments, moa_config_from_args, nearest
 from moa_megatron.recipes import CommandLine, RefusedError
+from moa_megatron.vision.settings import add_vision_arguments
+from moa_megatron.vision.settings import derive as derive_vision
 
 _CHOICES = {
-    "moa_model": ("hybrid", "gpt"),
-    "moa_corpus": ("none", "stdlib"),
+    "moa_model": ("hybrid", "gpt", "mae"),
+    "moa_corpus": ("none", "stdlib", "digits"),
 }
 # Megatron takes one of several arguments; the user's flag displaces the recipe's choice.
 _ALTERNATIVES: dict[str, tuple[tuple[str, ...], Any]] = {
@@ -52,11 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The project's own flags, beside Megatron's."""
     add_moa_arguments(parser)
     group = parser.add_argument_group("run")
-    group.add_argument("--moa-model", default="hybrid", help="model class: hybrid | gpt")
+    group.add_argument("--moa-model", default="hybrid", help="model class: hybrid | gpt | mae")
     group.add_argument(
         "--moa-corpus",
         default="none",
-        help="embedded corpus where no data path is given: none | stdlib (Python's own source)",
+        help="embedded corpus where no data path is given: none | stdlib (Python's own source) | "
+        "digits (images of handwritten digits, for mae)",
     )
     group.add_argument(
         "--moa-align",
@@ -107,6 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=str(_caches() / "moa_megatron"),
         help="prepared corpora and their indices (default: under XDG_CACHE_HOME or ~/.cache)",
     )
+    add_vision_arguments(parser)
     return parser
 
 
@@ -163,6 +167,8 @@ def parse(command: CommandLine, extra_flags: list[str]) -> Parsed:
     derive.ffn(args, moa, given, gated_recipe=bool(recipe.get("swiglu")))
     derive.align(args)
     derive.pattern(args)
+    if args.moa_model == "mae":
+        derive_vision(args, moa)
     derive.modules(args, given)
     derive.log_interval(args)
     derive.min_lr(args, given)

@@ -86,6 +86,18 @@ def scaled(recipe: Mapping[str, Any], train_iters: int, given: Collection[str]) 
     return found
 
 
+def _steps_of_epochs(args: argparse.Namespace, given: Collection[str]) -> int:
+    if "train_iters" in given:
+        raise RefusedError(f"--epochs {args.epochs:g} with --train-iters: give one of them")
+    images = getattr(args, "moa_image_count", 0)
+    if not images:
+        raise RefusedError(
+            f"--epochs {args.epochs:g} needs --moa-model mae and images to count, not --mock-data: "
+            "give --train-iters"
+        )
+    return math.ceil(args.epochs * images / args.global_batch_size)
+
+
 def apply(
     args: argparse.Namespace,
     recipe: Mapping[str, Any],
@@ -103,6 +115,8 @@ def apply(
     Raises:
         RefusedError: a malformed budget, or one beside another length of the run.
     """
+    if getattr(args, "epochs", None) is not None:
+        args.train_iters = _steps_of_epochs(args, given)
     if args.tokens is not None:
         others = [name for name in _OTHER_LENGTHS if getattr(args, name, None) is not None]
         others += ["train_iters"] if "train_iters" in given else []

@@ -46,6 +46,13 @@ _SHAPE = (
     "position_embedding_type",
     "untie_embeddings_and_output_weights",
     "vocab_size",
+    "img_h",
+    "img_w",
+    "patch_dim",
+    "mae_decoder_layers",
+    "mae_decoder_width",
+    "mae_decoder_heads",
+    "mae_decoder_ffn",
 )
 # How a first start may differ from a continued one.
 _OF_A_FIRST_START = ("finetune", "no_load_optim", "no_load_rng", "ckpt_step")

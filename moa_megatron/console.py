@@ -1,4 +1,4 @@
-"""What a person reads while a run goes on: Megatron's progress lines, with tokens per second.
+"""What a person reads while a run goes on: Megatron's progress lines, with the speed.
 
 Megatron prints some nine hundred lines at start-up. Everything goes to the run's log file; the
 terminal gets the progress lines and what the project itself says.
@@ -19,21 +19,30 @@ _PROGRESS = re.compile(
 _ELAPSED = re.compile(r"elapsed time per iteration \(ms\): ([0-9.]+)")
 _BATCH = re.compile(r"global batch size: +(\d+)")
 _DROPPED = re.compile(r" (?:consumed samples|number of skipped iterations|loss scale): +[0-9.]+ \|")
+# Of a squared error there is no perplexity, but Megatron prints one of every loss.
+_NO_PERPLEXITY = re.compile(r" mae loss PPL: [0-9.E+-]+ \|")
 
 
 class Console(io.TextIOBase):
     """A stream in front of stdout: a full copy to a file, selected lines to the terminal."""
 
     def __init__(self, terminal: TextIO, rank: int = 0) -> None:
-        self.terminal, self.rank, self.seq_length = terminal, rank, 0
-        self.tokens_per_second: float | None = None
+        self.terminal, self.rank = terminal, rank
+        self._units, self._unit = 0, "tokens"
+        self.speed: float | None = None
         self._early: list[str] = []
         self._file: TextIO | None = None
         self._line = ""
 
-    def open(self, path: Path, seq_length: int) -> None:
-        """From here on the copy goes to ``path``, what came before first."""
-        self.seq_length = seq_length
+    def open(self, path: Path, units: int, unit: str = "tokens") -> None:
+        """From here on the copy goes to ``path``, what came before first.
+
+        Args:
+            path: of the log file.
+            units: of a sample, for the speed: tokens of a sequence, or 1 image.
+            unit: their name.
+        """
+        self._units, self._unit = units, unit
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._file.writelines(self._early)
@@ -74,11 +83,11 @@ class Console(io.TextIOBase):
 
     def _readable(self, line: str) -> str:
         elapsed, batch = _ELAPSED.search(line), _BATCH.search(line)
-        line = _DROPPED.sub("", line).strip()
-        if elapsed and batch and self.seq_length:
+        line = _NO_PERPLEXITY.sub("", _DROPPED.sub("", line)).strip()
+        if elapsed and batch and self._units:
             seconds = float(elapsed.group(1)) / 1000
-            self.tokens_per_second = int(batch.group(1)) * self.seq_length / max(seconds, 1e-9)
-            line += f" tokens/s: {self.tokens_per_second:,.0f} |"
+            self.speed = int(batch.group(1)) * self._units / max(seconds, 1e-9)
+            line += f" {self._unit}/s: {self.speed:,.0f} |"
         return line
 
 

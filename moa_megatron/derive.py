@@ -67,7 +67,7 @@ def pattern(args: argparse.Namespace) -> None:
     Raises:
         RefusedError: where virtual stages do not divide the blocks, or a pattern has its own.
     """
-    if args.moa_model == "gpt":
+    if args.moa_model != "hybrid":
         args.hybrid_layer_pattern = None
         return
     if args.hybrid_layer_pattern is None:

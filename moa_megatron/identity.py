@@ -35,6 +35,10 @@ def describe(args: argparse.Namespace) -> Identity:
     Raises:
         OSError: a data file cannot be read.
     """
+    if args.moa_model == "mae":
+        from moa_megatron.vision import data
+
+        return data.identity(args)
     identity: Identity = {
         "sequence length": args.seq_length,
         "seed": args.seed,

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 from megatron.core.enums import ModelType
 from megatron.training import get_tensorboard_writer
@@ -35,6 +34,7 @@ from moa_megatron import (
     profiling,
     runstate,
     stopping,
+    summary,
     telemetry,
 )
 from moa_megatron.config import MoAConfig
@@ -57,7 +57,7 @@ class Run:
     def train(self) -> None:
         """Builds and trains; returns after the last step, raises SystemExit on an early stop."""
         self.args.exit_signal_handler = True
-        set_global_variables(self.args)
+        set_global_variables(self.args, build_tokenizer=self.args.moa_model != "mae")
         stopping.bind(self.args, get_signal_handler())
         if self.args.save and self.args.ckpt_format == "torch_dist":
             # The first save would start it, perhaps in the very moment of a signal.
@@ -68,18 +68,29 @@ class Run:
         # A single process needs no launcher, so no rendezvous address either.
         store = HashStore() if self.args.world_size == 1 else None
         try:
+            datasets, forward_step, others = self._entry()
             pretrain(
                 container,
-                batches.datasets_provider,
+                datasets,
                 ModelType.encoder_or_decoder,
-                batches.forward_step,
-                get_embedding_ranks=batches.embedding_ranks,
+                forward_step,
                 store=store,
+                **others,
             )
         finally:
             writer = get_tensorboard_writer()
             if writer is not None:
                 writer.flush()
+
+    def _entry(self) -> tuple[Any, Any, dict[str, Any]]:
+        """Data, forward step and what else Megatron's ``pretrain`` takes, of this kind of model."""
+        if self.args.moa_model != "mae":
+            ranks = {"get_embedding_ranks": batches.embedding_ranks}
+            return batches.datasets_provider, batches.forward_step, ranks
+        from moa_megatron.vision import reconstruction, training
+
+        pictures = {"non_loss_data_func": reconstruction.drawing(self.args, self.folder)}
+        return training.datasets_provider, training.forward_step, pictures
 
     def build_kernels(self) -> float:
         """Builds what the mixture needs before the first step; seconds, 0 where it is at hand."""
@@ -99,12 +110,22 @@ class Run:
         except ValueError:
             return None
 
+    @property
+    def loss_unit(self) -> str:
+        """What the loss is measured in."""
+        return "squared error" if self.args.moa_model == "mae" else telemetry.NATS
+
     def progress(self) -> dict[str, Any]:
         """Facts for status.json that are at hand: steps, checkpoint, folders."""
         args = self.args
-        facts: dict[str, Any] = {"train_iters": args.train_iters}
+        facts: dict[str, Any] = {"train_iters": args.train_iters, "loss_unit": self.loss_unit}
         if hasattr(args, "moa_corpus_sha256"):
             facts["corpus_sha256"] = args.moa_corpus_sha256
+        if args.moa_model == "mae":
+            from moa_megatron.vision import reconstruction, training
+
+            facts["input_wait"] = training.input_wait.fraction
+            facts["reconstruction"] = reconstruction.newest(self.folder)
         saved = self.saved_step()
         if saved is not None:
             facts["checkpoint"] = str(Path(args.save) / f"iter_{saved:07d}")
@@ -134,56 +155,13 @@ class Run:
         if not curves:
             return None
         picture = self.folder / "curves.png"
-        title = f"{self.args.moa_recipe}, {describe(self.moa)}"
-        telemetry.draw_losses({"": curves}, title, picture)
+        title = f"{self.args.moa_recipe}, {summary.describe(self.moa)}"
+        telemetry.draw_losses({"": curves}, title, picture, unit=self.loss_unit)
         return picture
 
     def summary(self) -> list[str]:
         """The readable start."""
-        args, moa = self.args, self.moa
-        count = costs.parameters(args, moa, args.padded_vocab_size or 0)
-        share = f"{count.gates:,} of them gates ({count.gates / count.total:.2%})"
-        if args.padded_vocab_size is None:
-            share += ", without embeddings"
-        device = "host CPU, gloo" if host.active() else torch.cuda.get_device_name()
-        tokens = args.global_batch_size * args.seq_length
-        samples = args.train_samples or (args.train_iters or 0) * args.global_batch_size
-        unit = "samples" if args.train_samples else f"steps of {tokens:,} tokens"
-        length = f"{args.train_samples or args.train_iters} {unit}"
-        length += f", {budget.short(samples * args.seq_length)} tokens in all"
-        sizes = (
-            ("TP", args.tensor_model_parallel_size),
-            ("PP", args.pipeline_model_parallel_size),
-            ("CP", args.context_parallel_size),
-            ("EP", args.expert_model_parallel_size),
-            ("DP", args.data_parallel_size),
-        )
-        layout = " x ".join(f"{name} {size}" for name, size in sizes if size > 1) or "one process"
-        name = "GPTModel" if args.moa_model == "gpt" else "HybridModel"
-        depth = getattr(args, "moa_num_blocks", None) or args.num_layers
-        experts = (
-            f", {args.num_experts} experts top-{args.moe_router_topk}" if args.num_experts else ""
-        )
-        start = f"continues from {args.load}" if args.load else "starts at step 0"
-        return [
-            f"moa-megatron: {args.moa_recipe}, {describe(moa)}",
-            f"  model        {name}, {depth} blocks, width {args.hidden_size}{experts}",
-            f"  parameters   {count.total:,}, active {count.active:,}, {share}",
-            f"  layout       {args.world_size} on {device}: {layout}",
-            f"  data         {self.data}",
-            f"  training     {length}; {args.optimizer}, peak lr {args.lr}; {start}",
-            f"  run folder   {self.folder}",
-            f"  watch        tensorboard --logdir {args.tensorboard_dir}",
-        ]
-
-
-def describe(moa: MoAConfig) -> str:
-    """The method in a few words: ``MoA bi, 7 activations, sigmoid gates``."""
-    if moa.mixing == "fixed":
-        return "fixed activation (baseline)"
-    words = f"{moa.mixing.upper() if moa.mixing == 'la' else 'MoA'} {moa.variant}"
-    gates = f", {moa.gate} gates" if moa.mixing == "moa" else ""
-    return f"{words}, {len(moa.names)} activations{gates}"
+        return summary.lines(self.args, self.moa, self.data, self.folder)
 
 
 def prepare(command: CommandLine, extra_flags: list[str], mends_index: bool = False) -> Run:
@@ -198,9 +176,11 @@ def prepare(command: CommandLine, extra_flags: list[str], mends_index: bool = Fa
     args, moa = parsed.args, parsed.moa
     if args.tensorboard_dir is None:
         args.tensorboard_dir = str(command.run_dir / "tensorboard")
-    data = _choose_data(args)
-    _pad_vocabulary(args, parsed.given)
-    budget.apply(args, parsed.recipe, parsed.given, partial(_parameters_without_gates, args))
+    data = _choose_data(args, command.exit_file)
+    if args.moa_model != "mae":
+        _pad_vocabulary(args, parsed.given)
+    count = partial(_parameters_without_gates, args)
+    budget.apply(args, parsed.recipe, parsed.given, count)
     # A dry run may stand for another machine.
     has_device = command.dry_run or not host.active()
     problems = preflight.check(args, moa) + profiling.problems(args, has_device)
@@ -254,8 +234,13 @@ def _reason(error: BaseException) -> str:
     return f"{frame.line} ({frame.name})"
 
 
-def _choose_data(args: argparse.Namespace) -> str:
+def _choose_data(args: argparse.Namespace, exit_file: Path | None) -> str:
     """Fills in the embedded corpus where the user named no data; says what is read."""
+    if args.moa_model == "mae":
+        from moa_megatron.vision import data, settings
+
+        _refuse(settings.problems(args))  # before the images are checked, which takes a while
+        return data.choose(args, exit_file)
     if args.mock_data:
         if args.tokenizer_type is None:
             args.tokenizer_type, args.vocab_size = "NullTokenizer", args.vocab_size or 4096

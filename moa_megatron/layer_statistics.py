@@ -26,6 +26,8 @@ from moa_megatron.mlp import MoAMLP, MoASharedExpertMLP
 from moa_megatron.telemetry import STATISTICS, coefficient_tag
 
 Scalars = dict[str, float]
+# Of the decoder of a masked autoencoder, whose layers have numbers of their own.
+DECODER_DEPTH = 1000
 # Columns behind the n + 3 of ``observing.gate_sums``: of weights, not of tokens.
 _SQUARES, _GATES = range(3, 5)
 
@@ -33,9 +35,10 @@ _SQUARES, _GATES = range(3, 5)
 class Place(NamedTuple):
     """Where an FFN stands: sorts as the model computes.
 
-    ``depth`` is 0 in the decoder, else that of multi-token prediction; ``number`` is Megatron's own
-    layer number, for HybridModel one of attention and FFN layers alike; ``part`` is ``shared`` or
-    ``routed`` in a MoE layer, else empty.
+    ``depth`` is 0 in a language model's decoder and a masked autoencoder's encoder,
+    ``DECODER_DEPTH`` in the latter's decoder, else that of multi-token prediction; ``number`` is
+    Megatron's own layer number, for HybridModel one of attention and FFN layers alike; ``part`` is
+    ``shared`` or ``routed`` in a MoE layer, else empty.
     """
 
     depth: int
@@ -226,6 +229,7 @@ def _layers(module: nn.Module, depth: int) -> Iterator[tuple[Any, int]]:
         return
     if isinstance(module, MultiTokenPredictionLayer):
         depth = module.layer_number
+    depth = getattr(module, "statistics_depth", depth)
     for child in module.children():
         yield from _layers(child, depth)
 
@@ -252,6 +256,8 @@ def _layer_names(places: Sequence[Place]) -> dict[tuple[int, int], str]:
         for index, number in enumerate(numbers, start=1):
             several = f"_{index}" if len(numbers) > 1 else ""
             name = f"mtp_{depth:02}{several}" if depth else f"layer_{index:02}"
+            if depth == DECODER_DEPTH:
+                name = f"decoder_{index:02}"
             names[depth, number] = name
     return names
 

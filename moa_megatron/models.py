@@ -118,11 +118,12 @@ def _padded_vocab(config: GPTModelConfig) -> int:
     )
 
 
-def model_config(args: argparse.Namespace, moa: MoAConfig) -> HybridModelConfig | GPTModelConfig:
+def model_config(args: argparse.Namespace, moa: MoAConfig) -> Any:
     """What ``megatron.training.pretrain`` builds its model from."""
-    config = _gpt_config(args, moa) if args.moa_model == "gpt" else _hybrid_config(args, moa)
+    config = _CONFIGS[args.moa_model](args, moa)
     if not args.moa_scaled_init:
-        config.transformer.output_layer_init_method = config.transformer.init_method
+        for part in (config.transformer, getattr(config, "decoder", config.transformer)):
+            part.output_layer_init_method = part.init_method
     if moa.mixing != "fixed":
         config.pre_wrap_hooks.append(forget_norm_states)
     if muon.splits_fc1(args):
@@ -166,3 +167,12 @@ def engine_hybrid_stack_spec(args: argparse.Namespace) -> ModuleSpec:
     stack = dataclasses.replace(stack, moe_layer=layer)
     whole = hybrid_stack_spec
     return ModuleSpec(whole.module, whole.params, stack, whole.metainfo)
+
+
+def _mae_config(args: argparse.Namespace, moa: MoAConfig) -> Any:
+    from moa_megatron.vision.building import model_config  # needs upstream's vision modules
+
+    return model_config(args, moa)
+
+
+_CONFIGS = {"gpt": _gpt_config, "hybrid": _hybrid_config, "mae": _mae_config}

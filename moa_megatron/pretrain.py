@@ -101,7 +101,8 @@ def _train(run: Any, out: console.Console, exit_file: Path | None) -> int:
     args, folder = run.args, run.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        out.open(folder / "logs" / f"rank{args.rank}.log", args.seq_length)
+        log = folder / "logs" / f"rank{args.rank}.log"
+        out.open(log, *((1, "images") if args.moa_model == "mae" else (args.seq_length, "tokens")))
     except OSError as error:
         if runstate.is_storage_error(error):
             _record_failure(exit_file, runstate.STORAGE, f"storage: {error}", None)
@@ -205,10 +206,14 @@ def _report(run: Any, out: console.Console, code: int, problem: str | None) -> N
         ("checkpoint", "checkpoint"),
         ("TensorBoard", "tensorboard"),
         ("curves", "curves"),
+        ("reconstruction", "reconstruction"),
+        ("input wait", "input_wait"),
     ):
         if facts.get(key) is not None:
             value = facts[key]
-            text = f"{value:.4f} nats per token" if isinstance(value, float) else value
+            text = f"{value:.4f} {facts.get('loss_unit')}" if isinstance(value, float) else value
+            if key == "input_wait":
+                text = f"{value:.2%} of training time"
             out.say(f"  {label:<16} {text}")
     out.say(f"  {'status':<16} {_short(run.folder / 'status.json')}")
     if code == runstate.RETRY:

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TRAIN_LOSS, VALID_LOSS = "lm loss", "lm loss validation"
+# What models of images call theirs; read under the names above.
+_OTHER_LOSS = "mae loss"
+NATS = "nats per token"
 TEST_LOSS = "lm loss test"  # ours: Megatron logs the test set under the tag of validation
 STATISTICS = "moa"  # what tags of layers start with
 _LABEL_WIDTH = 40
@@ -80,14 +83,21 @@ def _read(folder: Path, wanted: Callable[[str], bool]) -> dict[str, dict[int, li
     for path in sorted(folder.glob("events.out.tfevents.*")):
         for event in LegacyEventFileLoader(str(path)).Load():
             for value in event.summary.value:
-                if wanted(value.tag):
-                    steps = points.setdefault(value.tag, {})
+                tag = value.tag
+                if tag.startswith(_OTHER_LOSS):
+                    tag = tag.replace(_OTHER_LOSS, TRAIN_LOSS, 1)
+                if wanted(tag):
+                    steps = points.setdefault(tag, {})
                     steps.setdefault(event.step, []).append(value.simple_value)
     return points
 
 
 def draw_losses(
-    runs: dict[str, dict[str, Curve]], title: str, path: Path, tag: str | None = None
+    runs: dict[str, dict[str, Curve]],
+    title: str,
+    path: Path,
+    tag: str | None = None,
+    unit: str = NATS,
 ) -> None:
     """A picture of ``plot_losses``.
 
@@ -96,9 +106,10 @@ def draw_losses(
         title: above the picture.
         path: the PNG to write.
         tag: draw this scalar only; default: training and validation loss.
+        unit: of the loss.
     """
     with picture(path) as (axes,):
-        plot_losses(axes, runs, tag)
+        plot_losses(axes, runs, tag, unit=unit)
         axes.set_title(title)
 
 
@@ -107,6 +118,7 @@ def plot_losses(
     runs: dict[str, dict[str, Curve]],
     tag: str | None = None,
     in_order: bool = False,
+    unit: str = NATS,
 ) -> None:
     """Loss against step of one or several runs, training as lines, validation as dots.
 
@@ -115,6 +127,7 @@ def plot_losses(
         runs: curves by run name.
         tag: draw this scalar only.
         in_order: the runs are a row, such as of rising learning rates: so are their colours.
+        unit: of the loss.
     """
     import matplotlib
 
@@ -140,7 +153,7 @@ def plot_losses(
                 markersize=3,
             )
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(f"loss ({unit})")
     legend(axes)
 
 

@@ -20,6 +20,14 @@ def _missing(args: Namespace) -> float:
     return missing_from_megatron(args, moa_config_from_args(args))
 
 
+def _of_image(args: Namespace) -> float:
+    """FLOPs of an image's training step: upstream counts language models only."""
+    from moa_megatron.config import moa_config_from_args
+    from moa_megatron.vision.costs import flops
+
+    return flops(args, moa_config_from_args(args))
+
+
 def _make(original: Callable[..., float]) -> Callable[..., float]:
     """Upstream has no hook: its two callers find the function among the module's globals."""
 
@@ -30,6 +38,8 @@ def _make(original: Callable[..., float]) -> Callable[..., float]:
         seqlen_squared_sum_in_batch: float | None = None,
         total_real_tokens_in_batch: float | None = None,
     ) -> float:
+        if getattr(args, "moa_model", None) == "mae":
+            return batch_size * _of_image(args)
         upstream = original(
             args, batch_size, seqlen_squared_sum_in_batch, total_real_tokens_in_batch
         )
@@ -43,7 +53,8 @@ def _make(original: Callable[..., float]) -> Callable[..., float]:
 
 PATCH = Patch(
     name="throughput",
-    defect="throughput and MFU leave out gates, mixtures and HybridModel's prediction projections",
+    defect="throughput and MFU leave out gates, mixtures, HybridModel's prediction projections and "
+    "models of images",
     versions=">=0.19,<0.20",
     replace={_COUNT: _make},
     pins={_COUNT: "f9ed9b380e17ebd3"},

@@ -221,9 +221,11 @@ def draw(sweep: Sweep, path: Path) -> None:
         points = sorted(points, key=lambda point: float(point.settings[scale]))
     with telemetry.picture(path, columns=2) as (left, right):
         curves = {_label(point): _curves(point) for point in points}
-        telemetry.plot_losses(left, curves, in_order=scale is not None)
+        units = (point.status.get("loss_unit") for point in points)
+        unit = next((str(unit) for unit in units if unit), telemetry.NATS)
+        telemetry.plot_losses(left, curves, in_order=scale is not None, unit=unit)
         left.set_title(_short(sweep.title, _TITLE_WIDTH))
-        loss = f"final {_LOSSES[sweep.kind]} (nats per token)"
+        loss = f"final {_LOSSES[sweep.kind]} ({unit})"
         if scale is None:
             results = {p.name: p.result_or_reason(sweep.kind) for p in points}
             telemetry.plot_bars(right, results)

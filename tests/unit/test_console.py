@@ -16,14 +16,14 @@ def test_progress_reaches_the_terminal_with_tokens_per_second(tmp_path: Path) ->
     terminal = io.StringIO()
     console = Console(terminal)
     console.write("a thousand lines of arguments\n")
-    console.open(tmp_path / "logs" / "rank0.log", seq_length=128)
+    console.open(tmp_path / "logs" / "rank0.log", units=128)
     half = len(LINE) // 2
     console.write(LINE[:half])
     console.write(LINE[half:])
     shown = terminal.getvalue()
     assert shown.count("\n") == 1 and "tokens/s: 2,048 |" in shown
     assert "consumed samples" not in shown and "loss scale" not in shown
-    assert console.tokens_per_second == 8 * 128 / 0.5
+    assert console.speed == 8 * 128 / 0.5
     console.flush()
     assert (tmp_path / "logs" / "rank0.log").read_text() == "a thousand lines of arguments\n" + LINE
 
@@ -31,7 +31,7 @@ def test_progress_reaches_the_terminal_with_tokens_per_second(tmp_path: Path) ->
 def test_other_ranks_stay_quiet(tmp_path: Path) -> None:
     terminal = io.StringIO()
     console = Console(terminal, rank=1)
-    console.open(tmp_path / "rank1.log", seq_length=128)
+    console.open(tmp_path / "rank1.log", units=128)
     console.say_on_first_rank("model and layout")
     assert terminal.getvalue() == ""
     console.flush()

@@ -1,0 +1,202 @@
+"""Batches and loss of masked autoencoders, as Megatron's training loop wants them.
+
+The counterpart of ``moa_megatron.batches``: ``datasets_provider`` and ``forward_step`` fill the
+same slots. The loader is DALI's, passed through by ``--dataloader-type external``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel import broadcast_data
+from megatron.training import get_args, get_tensorboard_writer, get_timers
+from torch import Tensor
+
+from moa_megatron import layer_statistics, packages, ranges
+from moa_megatron.vision.masking import visible_patches
+from moa_megatron.vision.patches import normalised_targets, patchify
+
+LOSS = "mae loss"
+INPUT_WAIT = "input wait"
+
+
+class InputWait:
+    """Share of training time that this rank spends waiting for images.
+
+    Measured from one micro-batch to the next; the first one, which starts the pipeline, and the
+    times of evaluation and of checkpoints behind it do not count.
+    """
+
+    def __init__(self) -> None:
+        self.waited = self.elapsed = 0.0
+        self._last: tuple[float, float] | None = None
+        self._started = False
+
+    def note(self, began: float, ended: float) -> None:
+        """A micro-batch of training was asked for and there, both ``time.perf_counter`` values."""
+        if self._last is not None:
+            self.waited += self._last[1]
+            self.elapsed += began - self._last[0]
+        self._last = (began, ended - began) if self._started else None
+        self._started = True
+
+    def pause(self) -> None:
+        """Something else than training happens before the next micro-batch."""
+        self._last = None
+
+    @property
+    def fraction(self) -> float | None:
+        """None where nothing was measured."""
+        return self.waited / self.elapsed if self.elapsed else None
+
+
+input_wait = InputWait()
+
+
+def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: Any) -> tuple[Any, Any]:
+    """One micro-batch: predicted patches, and the function that turns them into a loss."""
+    args = get_args()
+    number = getattr(args, "curr_iteration", -1) + 1
+    with ranges.step(number) if model.training else nullcontext():
+        timers = get_timers()
+        timers("batch-generator", log_level=2).start()
+        images, samples = _batch(data_iterator, model.training, number)
+        visible = visible_of(args, samples).to(images.device)
+        timers("batch-generator").stop()
+        with layer_statistics.watching(number if model.training else 0):
+            predicted = model(images, visible)
+    return predicted, partial(loss_function, patchify(images, args.patch_dim), visible)
+
+
+def visible_of(args: argparse.Namespace, samples: Tensor) -> Tensor:
+    """Visible patches of samples, by their positions in the run: int64 [b, v]."""
+    patches = args.seq_length - 1
+    return visible_patches(args.seed, samples.cpu().numpy(), patches, args.mae_mask_ratio)
+
+
+def loss_function(
+    patches: Tensor, visible: Tensor, predicted: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum over hidden patches of the mean squared error, and their number, as Megatron wants it.
+
+    Args:
+        patches: [b, L, pixels] of the normalised images.
+        visible: int64 [b, v].
+        predicted: [b, L, pixels], of patches with mean 0 and variance 1.
+    """
+    targets, _, _ = normalised_targets(patches)
+    errors = (predicted.to(targets.dtype) - targets).square().mean(dim=-1)
+    hidden = torch.ones_like(errors).scatter(1, visible, 0.0)
+    loss, count = (errors * hidden).sum(), hidden.sum()
+    report = torch.stack([loss.detach(), count])
+    return loss, count.to(torch.int), {LOSS: report}
+
+
+def _batch(
+    data_iterator: Iterator[dict[str, Tensor]] | None, trains: bool, step: int
+) -> tuple[Tensor, Tensor]:
+    """Images [b, 3, h, w] and positions in the run [b]: read on TP rank 0, broadcast over TP."""
+    data: dict[str, Tensor] = {}
+    if data_iterator is not None:
+        began = time.perf_counter()
+        data = next(data_iterator)
+        if trains:
+            input_wait.note(began, time.perf_counter())
+            _log_wait(step)
+        else:
+            input_wait.pause()
+    images = broadcast_data(["images"], data, torch.float32)["images"]
+    return images, broadcast_data(["samples"], data, torch.int64)["samples"]
+
+
+def _log_wait(step: int) -> None:
+    writer, args = get_tensorboard_writer(), get_args()
+    share = input_wait.fraction
+    if writer is not None and share is not None and step % args.tensorboard_log_interval == 0:
+        writer.add_scalar(INPUT_WAIT, share, step)
+
+
+def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, ...]:
+    """Endless loaders of training and validation images; called on TP rank 0 only."""
+    del num_samples, vp_stage
+    args = get_args()
+    sizes = (args.micro_batch_size, args.eval_micro_batch_size)
+    period = args.eval_iters * args.eval_global_batch_size
+    valid = loader(args, "valid", sizes[1], 0, period) if args.eval_iters else None
+    return loader(args, "train", sizes[0], args.consumed_train_samples, None), valid, None
+
+
+def loader(
+    args: argparse.Namespace,
+    split: str,
+    micro_batch: int,
+    start: int,
+    period: int | None,
+    rank: int | None = None,
+    ranks: int | None = None,
+) -> Any:
+    """This data-parallel rank's part of one split, from a position in the run on.
+
+    Args:
+        args: Megatron's namespace; ``moa_image_index`` names the indices.
+        split: ``train``, with random crops, or ``valid``, with centred ones.
+        micro_batch: images of a batch.
+        start: samples consumed before.
+        period: start over after so many samples: every evaluation sees the same images.
+        rank: of data parallelism; default: this process's.
+        ranks: their number.
+    """
+    rank = mpu.get_data_parallel_rank() if rank is None else rank
+    ranks = mpu.get_data_parallel_world_size() if ranks is None else ranks
+    size = (args.img_h, args.img_w)
+    if args.mock_data:
+        return _RandomImages(size, micro_batch, rank, ranks, start)
+    from moa_megatron.vision.images import index as image_index
+    from moa_megatron.vision.images.augment import Augmentation
+    from moa_megatron.vision.images.loader import ImageLoader
+
+    packages.require_vision()
+    augment = Augmentation(tuple(args.mae_crop_scale), args.mae_flip) if split == "train" else None
+    return ImageLoader(
+        image_index.load(Path(args.moa_image_index[split])),
+        seed=args.seed,
+        size=size,
+        micro_batch=micro_batch,
+        rank=rank,
+        ranks=ranks,
+        start=start,
+        period=period,
+        augment=augment,
+        crop_fraction=args.mae_eval_crop,
+        threads=args.moa_image_threads,
+        device="gpu" if torch.cuda.is_available() else "cpu",
+    )
+
+
+class _RandomImages:
+    """Noise in the place of images, for ``--mock-data``; endless."""
+
+    def __init__(
+        self, size: tuple[int, int], micro_batch: int, rank: int, ranks: int, start: int
+    ) -> None:
+        self.size, self.micro_batch = size, micro_batch
+        self.next, self.stride = start + rank * micro_batch, micro_batch * ranks
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        first, self.next = self.next, self.next + self.stride
+        generator = torch.Generator().manual_seed(first)
+        shape = (self.micro_batch, 3, *self.size)
+        samples = torch.arange(first, first + self.micro_batch)
+        images = torch.randn(shape, generator=generator, device="cpu")
+        return {"images": images, "samples": samples, "ids": samples}
