@@ -12,6 +12,12 @@ GLOBAL_BATCH = 4
 VOCABULARY = 64
 EXPERTS = 8
 STEPS = 2
+# Options of the masked autoencoder's cases, as vision transformers have it.
+MAE_OPTIONS = (
+    ("add_bias_linear", True),
+    ("normalization", "LayerNorm"),
+    ("layernorm_epsilon", 1e-6),
+)
 # Small gate vectors hide a wrong reduction: its share in every other gradient shrinks with them.
 GATE_STD = 0.3
 
@@ -43,10 +49,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Model:
-    """A tiny language model and how it is trained.
+    """A tiny model and how it is trained.
 
     Args:
-        family: HybridModel or GPTModel.
+        family: HybridModel, GPTModel, or the masked autoencoder.
         moe: mixture-of-experts feedforward layers with a shared expert, or dense ones.
         moa: settings of the method.
         options: further fields of TransformerConfig, as pairs so that a model can be a key.
@@ -54,7 +60,7 @@ class Model:
             use it.
     """
 
-    family: Literal["hybrid", "gpt"] = "hybrid"
+    family: Literal["hybrid", "gpt", "mae"] = "hybrid"
     moe: bool = False
     moa: MoAConfig = field(default_factory=moa)
     options: tuple[tuple[str, Any], ...] = ()

@@ -31,6 +31,7 @@ from moa_megatron.gates import MoAGate
 from moa_megatron.grouped_linear import MoAGroupedGate
 from moa_megatron.local_specs import local_hybrid_stack_spec
 from moa_megatron.specs import with_moa
+from tests.helpers import mae
 from tests.helpers.cases import EXPERTS, SEQUENCE, VOCABULARY, Layout, Model
 
 SEED = 1234
@@ -112,6 +113,8 @@ def _pattern(model: Model, layout: Layout) -> str:
 
 
 def _chunk(model: Model, layout: Layout, config: TransformerConfig, stage: int) -> torch.nn.Module:
+    if model.family == "mae":
+        return mae.build(model, config)
     vp_stage = stage if layout.vpp > 1 else None
     common: dict[str, Any] = {
         "vocab_size": VOCABULARY,

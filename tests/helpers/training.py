@@ -21,7 +21,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
-from tests.helpers import models, mutations
+from moa_megatron.vision.model import MAEModel
+from tests.helpers import mae, models, mutations
 from tests.helpers.cases import GLOBAL_BATCH, SEQUENCE, STEPS, VOCABULARY, Layout, Model
 from tests.helpers.tensors import Run, Shard, Tensors
 
@@ -73,10 +74,11 @@ def fresh(model: Model, layout: Layout) -> Run:
 
 def forward_backward(chunks: Chunks, layout: Layout, step: int) -> list[Tensor]:
     """One pass of Megatron's own schedule; the losses of this rank's microbatches."""
-    microbatches = _microbatches(step)
+    images = isinstance(chunks[0].module, MAEModel)
+    microbatches: list[Any] = mae.microbatches(step) if images else _microbatches(step)
     run = get_forward_backward_func()
     return run(
-        forward_step_func=_forward_step,
+        forward_step_func=mae.forward_step if images else _forward_step,
         data_iterator=[iter(microbatches) for _ in chunks],
         model=list(chunks),
         num_microbatches=len(microbatches),
