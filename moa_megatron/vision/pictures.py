@@ -19,10 +19,11 @@ _GREY, _WHITE = 127, 255
 
 def reconstruction_grid(
     images: Tensor,
-    kept: Tensor,
     predictions: Tensor,
     mean: Tensor,
     std: Tensor,
+    *,
+    visible: Tensor,
     patch: int,
     gap: int = 2,
 ) -> NDArray[np.uint8]:
@@ -33,9 +34,9 @@ def reconstruction_grid(
 
     Args:
         images: [b, 3, h, w], normalised by `MEAN` and `STD`.
-        kept: [b, n] int64, the visible patches.
         predictions: [b, L, p*p*3] of the model.
         mean, std: [b, L, 1], of `normalised_targets`.
+        visible: [b, v] int64, the visible patches.
         patch: p.
         gap: white pixels between pictures.
 
@@ -46,8 +47,8 @@ def reconstruction_grid(
     b, channels, h, w = images.shape
     grid = h // patch, w // patch
     patches = patchify(images, patch)
-    hidden = torch.ones(patches.shape[:2], dtype=torch.bool, device=kept.device)
-    hidden = hidden.scatter(1, kept, False).unsqueeze(-1)
+    hidden = torch.ones(patches.shape[:2], dtype=torch.bool, device=visible.device)
+    hidden = hidden.scatter(1, visible, False).unsqueeze(-1)
     filled = torch.where(hidden, predictions * std + mean, patches)
     shown = [
         _pixels(images),
@@ -64,14 +65,11 @@ def reconstruction_grid(
     return canvas
 
 
-def write_grid(path: Path, grid: NDArray[np.uint8], title: str = "") -> None:
+def write_picture(grid: NDArray[np.uint8], path: Path, title: str = "") -> None:
     """Writes a picture of `reconstruction_grid` as PNG, its columns named above it.
 
     Small images are enlarged by whole pixels, so that they stay as they are.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
     height, width, _ = grid.shape
