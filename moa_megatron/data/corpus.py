@@ -1,15 +1,11 @@
 """The embedded default corpus: the Python standard library's own source, prepared once."""
 
-import fcntl
 import hashlib
 import json
 import logging
 import platform
-import shutil
 import sysconfig
-import uuid
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +16,7 @@ from moa_megatron.data.documents import (
     read_documents,
 )
 from moa_megatron.data.inputs import SourceFile, walk
+from moa_megatron.data.once import prepare_once
 from moa_megatron.data.token_files import build_indexed
 from moa_megatron.data.tokenization import train_tokenizer, write_text
 
@@ -68,16 +65,7 @@ def stdlib_corpus(
     listing = json.dumps([_STDLIB_FORMAT, [(file.key, file.size) for file in files]])
     key = hashlib.sha256(listing.encode()).hexdigest()[:12]
     folder = cache_dir.absolute() / f"stdlib-{platform.python_version()}-{vocab_size}-{key}"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            lock = stack.enter_context((folder.parent / f".{folder.name}.lock").open("w"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            except OSError as error:
-                logger.info("no file locks in %s (%s): preparing alone", cache_dir, error)
-            if not folder.is_dir():
-                _prepare_stdlib(folder, files, vocab_size, workers, progress)
+    prepare_once(folder, lambda into: _prepare_stdlib(into, files, vocab_size, workers, progress))
     return _load(folder)
 
 
@@ -99,42 +87,31 @@ def _stdlib_files(root: Path) -> list[SourceFile]:
 def _prepare_stdlib(
     folder: Path, files: Sequence[SourceFile], vocab_size: int, workers: int, progress: bool
 ) -> None:
-    """Prepare into a folder of another name, then rename it: `folder` is complete or absent."""
-    logger.info("preparing %d files of the standard library in %s", len(files), folder)
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-    partial.mkdir()
-    try:
-        documents = list(read_documents(files, ReadReport()))
-        held_out = [in_validation(document.key, STDLIB_VALID_FRACTION) for document in documents]
-        split = {
-            name: [d.text for d, out in zip(documents, held_out, strict=True) if out == wanted]
-            for name, wanted in (("train", False), ("valid", True))
-        }
-        size = train_tokenizer(split["train"], vocab_size, partial / "tokenizer")
-        built = {
-            name: build_indexed(
-                texts, partial / "tokenizer", partial / name, workers, progress,
-                total_bytes=sum(len(text.encode()) for text in texts),
-            )
-            for name, texts in split.items()
-        }  # fmt: skip
-        record = {
-            "vocab_size": size,
-            "sha256": _digest(files),
-            "num_documents": len(documents),
-            "train_tokens": built["train"].num_tokens,
-            "valid_tokens": built["valid"].num_tokens,
-            "description": f"Python {platform.python_version()} standard library source, "
-            f"{len(documents)} files, {built['valid'].num_documents} of them held out",
-        }
-        write_text(partial / "corpus.json", json.dumps(record, indent=2) + "\n")
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else: another process was first, with the same data
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    logger.info("preparing %d files of the standard library for %s", len(files), folder.parent)
+    documents = list(read_documents(files, ReadReport()))
+    held_out = [in_validation(document.key, STDLIB_VALID_FRACTION) for document in documents]
+    split = {
+        name: [d.text for d, out in zip(documents, held_out, strict=True) if out == wanted]
+        for name, wanted in (("train", False), ("valid", True))
+    }
+    size = train_tokenizer(split["train"], vocab_size, folder / "tokenizer")
+    built = {
+        name: build_indexed(
+            texts, folder / "tokenizer", folder / name, workers, progress,
+            total_bytes=sum(len(text.encode()) for text in texts),
+        )
+        for name, texts in split.items()
+    }  # fmt: skip
+    record = {
+        "vocab_size": size,
+        "sha256": _digest(files),
+        "num_documents": len(documents),
+        "train_tokens": built["train"].num_tokens,
+        "valid_tokens": built["valid"].num_tokens,
+        "description": f"Python {platform.python_version()} standard library source, "
+        f"{len(documents)} files, {built['valid'].num_documents} of them held out",
+    }
+    write_text(folder / "corpus.json", json.dumps(record, indent=2) + "\n")
 
 
 def _digest(files: Sequence[SourceFile]) -> str:

