@@ -1,59 +1,70 @@
-"""A tiny masked autoencoder and its batches, in a process of the pool."""
+"""A masked autoencoder small enough for every test, and its weights under Megatron's names."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-from typing import Any
-
 import torch
-from megatron.core import parallel_state
-from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from moa_megatron.specs import with_moa
-from moa_megatron.vision import building
-from moa_megatron.vision.masking import visible_patches
-from moa_megatron.vision.model import ImageShape, MAEModel
-from moa_megatron.vision.patches import patchify
-from moa_megatron.vision.training import LOSS, loss_function
-from tests.helpers.cases import GLOBAL_BATCH, Model
+from moa_megatron.config import MoAConfig
+from moa_megatron.vision.reference import MAEShape
 
-IMAGE = ImageShape(height=12, width=8, patch=2)  # not square: rows and columns must not be mixed up
-MASK_RATIO = 0.75
-SEED = 1234
-DECODER = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "ffn_hidden_size": 12}
-
-
-def build(case: Model, config: TransformerConfig) -> MAEModel:
-    """The Megatron model of a case."""
-    decoder = dataclasses.replace(config, kv_channels=None, num_query_groups=None, **DECODER)
-    spec = with_moa(building.layer_spec(local=True), case.moa)
-    whole = building.MAEModelConfig(
-        transformer=config, decoder=decoder, layer_spec=spec, image=IMAGE
-    )
-    return building.build_model(whole)
+SHAPE = MAEShape(
+    image=(8, 12), patch=4, width=16, layers=2, heads=2, ffn=24,
+    decoder_width=8, decoder_layers=2, decoder_heads=2, decoder_ffn=20,
+)  # fmt: skip
+VARIANTS = (
+    MoAConfig(mixing="fixed"),
+    MoAConfig(mixing="la", variant="one"),
+    MoAConfig(variant="type1"),
+    MoAConfig(variant="one"),
+    MoAConfig(variant="bi"),
+    MoAConfig(variant="qd", gate="softmax"),
+)
 
 
-def microbatches(step: int) -> list[tuple[Tensor, Tensor]]:
-    """This rank's images of a step and their positions in the run."""
-    generator = torch.Generator().manual_seed(100 + step)
-    shape = (GLOBAL_BATCH, 3, IMAGE.height, IMAGE.width)
-    images = torch.randn(shape, generator=generator)
-    samples = torch.arange(GLOBAL_BATCH) + step * GLOBAL_BATCH
-    first = parallel_state.get_data_parallel_rank()
-    part = slice(first, None, parallel_state.get_data_parallel_world_size())
-    return list(zip(images[part].split(1), samples[part].split(1)))
+def megatron_state(shape: MAEShape, moa: MoAConfig, fused_norms: bool = False) -> dict[str, Tensor]:
+    """Random weights as `moa_megatron.vision.model` names them.
 
-
-def forward_step(data: Iterator[tuple[Tensor, Tensor]], chunk: Any) -> tuple[Tensor, Any]:
-    """As the entry point's, without Megatron's global arguments."""
-    images, samples = next(data)
-    visible = visible_patches(SEED, samples.numpy(), IMAGE.patches, MASK_RATIO)
-    patches = patchify(images, IMAGE.patch)
-
-    def loss(predicted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        total, count, report = loss_function(patches, visible, predicted)
-        return total, count, report[LOSS][0] / report[LOSS][1]
-
-    return chunk(images, visible), loss
+    `fused_norms` gives norms the names they are saved under.
+    """
+    d, dd = shape.width, shape.decoder_width
+    state = {
+        "patch_embedding.weight": torch.randn(d, shape.patch_values),
+        "patch_embedding.bias": torch.randn(d),
+        "class_token": torch.randn(d),
+        "mask_token": torch.randn(dd),
+        "decoder_embedding.weight": torch.randn(dd, d),
+        "decoder_embedding.bias": torch.randn(dd),
+        "head.weight": torch.randn(shape.patch_values, dd),
+        "head.bias": torch.randn(shape.patch_values),
+    }
+    stacks = {
+        "encoder": (d, shape.ffn, shape.layers),
+        "decoder": (dd, shape.decoder_ffn, shape.decoder_layers),
+    }
+    norms = ["input_layernorm.", "pre_mlp_layernorm."]
+    if fused_norms:
+        norms = ["self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_"]
+    for stack, (width, ffn, layers) in stacks.items():
+        up = ffn if moa.mixing != "fixed" and not moa.gated else 2 * ffn
+        for kind in ("weight", "bias"):
+            state[f"{stack}.final_layernorm.{kind}"] = torch.randn(width)
+        for index in range(layers):
+            layer = f"{stack}.layers.{index}."
+            sizes = {
+                "self_attention.linear_qkv.": (3 * width, width),
+                "self_attention.linear_proj.": (width, width),
+                "mlp.linear_fc1.": (up, width),
+                "mlp.linear_fc2.": (width, ffn),
+            }
+            for name, size in sizes.items():
+                state[f"{layer}{name}weight"] = torch.randn(*size)
+                state[f"{layer}{name}bias"] = torch.randn(size[0])
+            for name in norms:
+                state[f"{layer}{name}weight"] = torch.randn(width)
+                state[f"{layer}{name}bias"] = torch.randn(width)
+            if moa.mixing != "fixed":
+                n = moa.num_coefficients
+                gate = torch.randn(n) if moa.mixing == "la" else torch.randn(n, width)
+                state[f"{layer}mlp.moa_gate.weight"] = gate
+    return state

@@ -20,7 +20,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_loss_and_gradients_equal_plain_pytorch(bench: Bench, name: str) -> None:
-    (errors,) = bench.pool.run("tests.helpers.mae_plain:errors_against_plain", moa=VARIANTS[name])
+    (errors,) = bench.pool.run("tests.helpers.mae_parity:errors_against_plain", moa=VARIANTS[name])
     # Sums over tokens in another order, in float64.
     assert max(errors.values()) < 1e-11, {k: e for k, e in errors.items() if e >= 1e-11}
     assert any("coefficients" in key for key in errors) == (name != "fixed")
@@ -29,7 +29,7 @@ def test_loss_and_gradients_equal_plain_pytorch(bench: Bench, name: str) -> None
 @pytest.mark.parametrize("mutation", ["masks", "positions"])
 def test_the_comparison_bites(bench: Bench, mutation: str) -> None:
     (errors,) = bench.pool.run(
-        "tests.helpers.mae_plain:errors_against_plain", moa=VARIANTS["qd"], mutation=mutation
+        "tests.helpers.mae_parity:errors_against_plain", moa=VARIANTS["qd"], mutation=mutation
     )
     assert errors["loss"] > 1e-4
 
