@@ -75,13 +75,11 @@ def _tokens_length(args: argparse.Namespace) -> str:
 
 
 def _images_model(args: argparse.Namespace, moa: MoAConfig) -> tuple[str, str]:
-    from moa_megatron.vision import costs as vision_costs
-
-    count = vision_costs.parameters(args, moa)
+    count = costs.parameters(args, moa, 0)
     model = (
-        f"masked autoencoder, encoder {args.num_layers} blocks x {args.hidden_size}, decoder "
-        f"{args.mae_decoder_layers} x {args.mae_decoder_width}, images {args.img_h} x {args.img_w} "
-        f"in patches of {args.patch_dim}, {args.mae_mask_ratio:.0%} hidden"
+        f"masked autoencoder, {args.num_layers} blocks of width {args.hidden_size}, decoder "
+        f"{args.mae_decoder_layers} of {args.mae_decoder_width}; {args.mae_mask_ratio:.0%} of "
+        f"{args.seq_length - 1} patches hidden"
     )
     share = f"{count.gates:,} of them gates ({count.gates / count.total:.2%})"
     return model, f"{count.total:,}, encoder {count.active:,}, {share}"

@@ -51,6 +51,10 @@ def parameters(args: argparse.Namespace, moa: MoAConfig, vocab_size: int) -> Par
         moa: settings of the method.
         vocab_size: rows of the embedding, padding included.
     """
+    if getattr(args, "moa_model", None) == "mae":
+        from moa_megatron.vision import costs  # which needs this module
+
+        return costs.parameters(args, moa)
     whole = weights(args, moa, vocab_size, Layout())
     return Parameters(
         total=sum(w.numel * w.copies for w in whole),

@@ -1,6 +1,6 @@
 """Parameters and FLOPs of a masked autoencoder, from its arguments alone.
 
-Held against the model that is built (tests/unit/test_mae_costs.py).
+Held against the model that is built (tests/unit/test_costs.py).
 """
 
 from __future__ import annotations

@@ -207,7 +207,7 @@ class Decoder(nn.Module):
         x_bTd = torch.cat([x_bTd[:, :1], filled + self.positions], dim=1)
         for block in self.blocks:
             x_bTd = block(x_bTd)
-        return self.head(self.norm(x_bTd))[:, 1:]
+        return self.head(self.norm(x_bTd)[:, 1:])
 
 
 class MAE(nn.Module):

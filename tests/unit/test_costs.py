@@ -93,7 +93,7 @@ def assert_counts(run: Any) -> Any:
 def check_every_recipe_is_here() -> None:
     from moa_megatron import recipes
 
-    ours = {"tiny-dense", "tiny-moe", "dense-0.12b-d5"}
+    ours = {"tiny-dense", "tiny-moe", "dense-0.12b-d5", "tiny-mae", "mae-vit-b"}
     assert set(recipes.available()) == set(PAPER) | ours
 
 
@@ -105,6 +105,46 @@ def check_paper_totals_are_exact() -> None:
             assert round(fixed.active / 1e9, 4) == ACTIVE[recipe], recipe
         moa = assert_counts(prepared(recipe))
         assert (moa.total, moa.gates) == (total + gates(recipe), gates(recipe)), recipe
+
+
+def check_masked_autoencoders_are_counted() -> None:
+    for recipe in ("tiny-mae", "mae-vit-b"):
+        for words in (["--moa-mixing", "fixed"], ["--moa-variant", "bi"], ["--moa-mixing", "la"]):
+            run = prepared(recipe, *words)
+            expected = assert_counts(run)
+            kept = ("patch_embedding", "class_token", "encoder.")
+            named = built(run).named_parameters()
+            assert expected.active == sum(p.numel() for n, p in named if n.startswith(kept))
+    assert_counts(prepared("tiny-mae", "--moa-variant", "type1"))
+
+
+def check_flops_of_images_are_those_of_the_plain_model() -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from moa_megatron.vision.costs import flops
+    from moa_megatron.vision.masking import visible_patches
+    from moa_megatron.vision.reference import MAE, MAEShape
+
+    run = prepared("tiny-mae", "--moa-variant", "qd")
+    args = run.args
+    shape = MAEShape(
+        image=(args.img_h, args.img_w),
+        patch=args.patch_dim,
+        width=args.hidden_size,
+        layers=args.num_layers,
+        heads=args.num_attention_heads,
+        ffn=args.ffn_hidden_size,
+        decoder_width=args.mae_decoder_width,
+        decoder_layers=args.mae_decoder_layers,
+        decoder_heads=args.mae_decoder_heads,
+        decoder_ffn=args.mae_decoder_ffn,
+    )
+    plain, visible = MAE(shape, run.moa), visible_patches(1, range(2), 49, 0.75)
+    # The fused kernels of a CPU are not counted.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        plain(torch.randn(2, 3, 28, 28), visible)
+    assert 3 * counter.get_total_flops() / 2 == flops(args, run.moa)
 
 
 def check_gpt_has_the_same_totals() -> None:
