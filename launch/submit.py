@@ -257,14 +257,17 @@ def describe(job: submission.Job) -> list[str]:
     sizes["DP"] = job.world_size // model
     split = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
     batch, length = values["global_batch_size"], values["seq_length"]
-    budget = values["tokens"]
-    run = f"--tokens {budget}" if budget is not None else f"{values['train_iters']} steps"
+    run = f"{values['train_iters']} steps"
+    for key in ("tokens", "epochs"):
+        run = run if values[key] is None else f"--{key} {values[key]}"
+    images = values.get("moa_model") == "mae"
+    step = f"{batch} images" if images else f"{batch} x {length} tokens"
     how = "Slurm tasks" if job.per_rank else "torchrun"
     again = f", up to {job.chain} jobs, each continuing" if job.chain > 1 else ""
     lines = [
         f"{job.recipe}: {job.nodes} nodes x {job.procs_per_node} processes, by {how}",
         f"  layout       {split or 'one process'}",
-        f"  training     {run}, {batch} x {length} tokens a step",
+        f"  training     {run}, {step} a step",
         f"  time         {job.time}{again}; saves {job.grace} s before the limit",
         f"  run folder   {job.folder}",
     ]

@@ -92,8 +92,8 @@ def _steps_of_epochs(args: argparse.Namespace, given: Collection[str]) -> int:
     images = getattr(args, "moa_image_count", 0)
     if not images:
         raise RefusedError(
-            f"--epochs {args.epochs:g} needs --moa-model mae and images to count, not --mock-data: "
-            "give --train-iters"
+            f"--epochs {args.epochs:g} needs images that have been counted: run "
+            "tools/index_images.py on them (docs/images.md), or give --train-iters"
         )
     return math.ceil(args.epochs * images / args.global_batch_size)
 

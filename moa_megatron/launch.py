@@ -176,7 +176,7 @@ def prepare(command: CommandLine, extra_flags: list[str], mends_index: bool = Fa
     args, moa = parsed.args, parsed.moa
     if args.tensorboard_dir is None:
         args.tensorboard_dir = str(command.run_dir / "tensorboard")
-    data = _choose_data(args, command.exit_file)
+    data = _choose_data(args, command)
     if args.moa_model != "mae":
         _pad_vocabulary(args, parsed.given)
     count = partial(_parameters_without_gates, args)
@@ -234,13 +234,13 @@ def _reason(error: BaseException) -> str:
     return f"{frame.line} ({frame.name})"
 
 
-def _choose_data(args: argparse.Namespace, exit_file: Path | None) -> str:
+def _choose_data(args: argparse.Namespace, command: CommandLine) -> str:
     """Fills in the embedded corpus where the user named no data; says what is read."""
     if args.moa_model == "mae":
         from moa_megatron.vision import data, settings
 
         _refuse(settings.problems(args))  # before the images are checked, which takes a while
-        return data.choose(args, exit_file)
+        return data.choose(args, command.exit_file, command.dry_run)
     if args.mock_data:
         if args.tokenizer_type is None:
             args.tokenizer_type, args.vocab_size = "NullTokenizer", args.vocab_size or 4096

@@ -52,6 +52,7 @@ _DEFAULTS: dict[str, Any] = {
     "rampup_batch_size": None,
     "moa_align": 1,
     "tokens": None,
+    "epochs": None,
 }
 
 
@@ -78,8 +79,8 @@ def outline(recipe: str, flags: list[str]) -> dict[str, Any]:
         else:
             asked[key.replace("-", "_")] = _value(following)
     values.update(asked)
-    if values["tokens"] is not None:
-        # Parameters are counted later; no check of a launcher depends on the number of steps.
+    if values["tokens"] is not None or values["epochs"] is not None:
+        # Parameters and images are counted later; no check of a launcher depends on the number of steps.
         values.update(train_iters=None, lr_warmup_iters=0)
     elif isinstance(values["train_iters"], int):
         values.update(budget.scaled(stated, values["train_iters"], asked))

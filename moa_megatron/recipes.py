@@ -115,6 +115,11 @@ def available() -> list[str]:
     return sorted(p.stem for p in RECIPES.glob("*.yaml") if not p.stem.startswith("paper"))
 
 
+def language_models() -> list[str]:
+    """Those of ``available`` that are trained on text."""
+    return [name for name in available() if load(name).get("moa_model") != "mae"]
+
+
 def load(name: str) -> dict[str, Any]:
     """The values of one recipe, with those it inherits.
 

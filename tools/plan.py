@@ -44,7 +44,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     add, kinds = parser.add_argument, ", ".join(GPUS)
-    add("recipe", nargs="?", help=f"one of {', '.join(recipes.available())}, or a .yaml file")
+    add("recipe", nargs="?", help=f"{', '.join(recipes.language_models())}, or a .yaml file")
     add("--gpus", type=int, metavar="N", help="GPUs in all")
     add("--gpu", default="h100", metavar="KIND", help=f"{kinds} (default h100)")
     add("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs joined by NVLink (8)")
@@ -72,7 +72,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _size_problems(options: argparse.Namespace) -> list[str]:
     if options.recipe is None or options.recipe.startswith("-"):
-        return [f"the recipe comes first: one of {', '.join(recipes.available())}, or use --list"]
+        return [
+            f"the recipe comes first: one of {', '.join(recipes.language_models())}, or use --list"
+        ]
     gpus, node = options.gpus, options.gpus_per_node
     if gpus is None or gpus < 1:
         return [f"--gpus {gpus}: say how many GPUs there are, such as --gpus 8"]
@@ -213,7 +215,7 @@ def listed(gpu: Gpu, cluster_mfu: float | None, flags: list[str]) -> list[dict[s
     from moa_megatron import costs, planning
 
     rows = []
-    for name in recipes.available():
+    for name in recipes.language_models():
         model = planning.read(name, flags)
         count = costs.parameters(model.args, model.moa, model.args.padded_vocab_size)
         mfu = cluster_mfu or assumed_mfu(gpu, bool(model.args.num_experts), bool(model.args.fp8))

@@ -84,6 +84,11 @@ def read(recipe: str, words: list[str]) -> Model:
     command = recipes.parse_command_line([recipe, "--dry-run", *words])
     parsed = arguments.parse(command, [])
     args, moa = parsed.args, parsed.moa
+    if args.moa_model == "mae":
+        raise RefusedError(
+            f"{recipe} is no language model, whose memory and time are planned; try what fits: "
+            f"DRY_RUN=1 ./launch/local.sh {recipe} --mock-data counts its parameters"
+        )
     problems = []
     layers = "".join(layer_patterns(args))
     special = sorted(set(layers) - set("*-E|"))

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 _SPLITS = ("train", "valid")
 
 
-def choose(args: argparse.Namespace, exit_file: Path | None) -> str:
+def choose(args: argparse.Namespace, exit_file: Path | None, dry_run: bool) -> str:
     """Fills in the images of a run and says what is read.
 
     Rank 0 lists and checks them, which takes a while the first time; the others wait for its word,
@@ -28,6 +28,7 @@ def choose(args: argparse.Namespace, exit_file: Path | None) -> str:
         args: gets ``moa_image_index``, the index file of each split, ``moa_image_digests`` and
             ``moa_image_count``, the number of training images.
         exit_file: of the launch, beside which ranks leave notes; None for a single process.
+        dry_run: check no images; say what is known of them.
 
     Raises:
         RefusedError: no images, or too many bad ones.
@@ -44,7 +45,10 @@ def choose(args: argparse.Namespace, exit_file: Path | None) -> str:
     _check_paths(args)
     note = None if exit_file is None else exit_file.with_name(f"{exit_file.name}.images")
     first = os.environ.get("RANK", "0") == "0"
-    record = _build(args, note) if first or note is None else _wait(note, exit_file)
+    if dry_run:
+        record = _indices(args, build=False)
+    else:
+        record = _build(args, note) if first or note is None else _wait(note, exit_file)
     if "refused" in record:
         raise RefusedError(record["refused"])
     args.moa_image_index, args.moa_image_digests = record["index"], record["digests"]
@@ -96,21 +100,25 @@ def _build(args: argparse.Namespace, note: Path | None) -> dict[str, Any]:
     return record
 
 
-def _indices(args: argparse.Namespace) -> dict[str, Any]:
+def _indices(args: argparse.Namespace, build: bool = True) -> dict[str, Any]:
     from moa_megatron.vision.images import index
 
-    record: dict[str, Any] = {"index": {}, "digests": {}}
+    record: dict[str, Any] = {"index": {}, "digests": {}, "count": 0}
     words = []
     for split in _SPLITS:
         inputs = getattr(args, f"{split}_data_path")
         if not inputs or (split == "valid" and not args.eval_iters):
             continue
-        found = index.build(
+        make = index.build if build else index.remembered
+        found = make(
             [Path(name) for name in inputs],
             Path(args.moa_cache_dir) / "images",
             grey=args.moa_grey_images,
             max_bad_fraction=args.moa_max_bad_images,
         )
+        if found is None:
+            words.append(f"{split} {', '.join(inputs)}, not checked yet")
+            continue
         record["index"][split], record["digests"][split] = str(found.path), found.digest
         if split == "train":
             record["count"] = len(found)

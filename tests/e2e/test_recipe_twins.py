@@ -21,7 +21,7 @@ EXPERTS = [
     *("--moe-ffn-hidden-size", str(2 * 64 // 3)),
     *("--moe-shared-expert-intermediate-size", str(8 * 64 // 3)),
 ]
-PAPER = [name for name in recipes.available() if not name.startswith("tiny")]
+PAPER = [name for name in recipes.language_models() if not name.startswith("tiny")]
 
 
 def expected_rates(recipe: str) -> list[float]:

@@ -117,7 +117,7 @@ def check_every_recipe_at_its_suggested_layouts() -> None:
     host.install()
     from moa_megatron import planning, recipes
 
-    for recipe in recipes.available():
+    for recipe in recipes.language_models():
         if recipe.startswith("tiny"):
             continue
         model = planning.read(recipe, [])

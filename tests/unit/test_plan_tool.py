@@ -98,7 +98,7 @@ def check_list() -> None:
     from moa_megatron import recipes
 
     rows = json.loads(printed("--list", "--json", "--gpu", "h200"))
-    assert [row["recipe"] for row in rows] == recipes.available()
+    assert [row["recipe"] for row in rows] == recipes.language_models()
     moe = next(row for row in rows if row["recipe"] == "moe-2b")
     assert moe["tokens"] == 120_000 * 512 * 1024 and moe["total"] == 1_996_766_720
     days = moe["flops"] / (989e12 * moe["mfu"]) / 86400
