@@ -80,7 +80,7 @@ def outline(recipe: str, flags: list[str]) -> dict[str, Any]:
             asked[key.replace("-", "_")] = _value(following)
     values.update(asked)
     if values["tokens"] is not None or values["epochs"] is not None:
-        # Parameters and images are counted later; no check of a launcher depends on the number of steps.
+        # Parameters and images are counted later; no launcher checks the number of steps.
         values.update(train_iters=None, lr_warmup_iters=0)
     elif isinstance(values["train_iters"], int):
         values.update(budget.scaled(stated, values["train_iters"], asked))
