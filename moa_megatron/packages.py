@@ -14,6 +14,16 @@ from pathlib import Path
 TE_FROM, TE_BELOW = (2, 6), (3, 0)
 TE_VERSIONS = f">={TE_FROM[0]}.{TE_FROM[1]},<{TE_BELOW[0]}"
 TE_INSTALL = "pip install --no-build-isolation 'transformer-engine[pytorch]==2.17.*'"
+# Modules of the extra `vision`, and the distributions that bring them.
+VISION = {
+    "nvidia.dali": "nvidia-dali-cuda130",
+    "mlxtend": "mlxtend",
+    "safetensors": "safetensors",
+    "sklearn": "scikit-learn",
+}
+VISION_INSTALL = "./launch/setup.sh vision (a container image: make image EXTRAS=vision)"
+_DALI_NAMES = (VISION["nvidia.dali"], "nvidia-dali-cuda120")  # an image may have the older CUDA's
+_DALI_FROM, _DALI_BELOW = 2, 3
 _HELPERS = "megatron/core/datasets"
 
 
@@ -39,6 +49,37 @@ def engine_version_problem(found: str) -> str | None:
     if numbers and TE_FROM <= (int(numbers[1]), int(numbers[2])) < TE_BELOW:
         return None
     return f"version {found} is outside {TE_VERSIONS}: {TE_INSTALL}"
+
+
+def vision_problem() -> str | None:
+    """Why recipes of images cannot run here, with the cure; None where they can."""
+    missing = [name for module, name in VISION.items() if not importable(module)]
+    if missing:
+        return f"this recipe needs the extra vision ({', '.join(missing)}): {VISION_INSTALL}"
+    return dali_version_problem(next(filter(None, map(version, _DALI_NAMES)), None))
+
+
+def dali_version_problem(found: str | None) -> str | None:
+    """Why this version of DALI does not serve, with the cure; None for one of unknown version."""
+    if found is None or _DALI_FROM <= int(found.split(".")[0]) < _DALI_BELOW:
+        return None
+    return (
+        f"DALI {found} is outside >={_DALI_FROM}.0,<{_DALI_BELOW}: {VISION_INSTALL}; in "
+        "an image whose base brings it, take a base with another"
+    )
+
+
+def require_vision() -> None:
+    """Makes sure that the packages of the extra ``vision`` are there; none is imported.
+
+    Raises:
+        RefusedError: one is missing, or DALI has another major version.
+    """
+    problem = vision_problem()
+    if problem is not None:
+        from moa_megatron.recipes import RefusedError  # needs PyYAML, which the doctor may lack
+
+        raise RefusedError(problem)
 
 
 def apex_problem() -> str | None:
