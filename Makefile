@@ -6,8 +6,8 @@ PYTEST = PYTHONPATH=. CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -q
 .PHONY: setup test check unit parallel kernels interpreted e2e te cluster slow slow-parallel slow-runs gpu compare
 .PHONY: bench image image-test
 
-setup:
-	@./launch/setup.sh
+setup:  ## tests need the extra as well
+	@./launch/setup.sh vision
 
 test: check  ## lint, types and all quick tests, under 10 minutes; suites run two at a time
 	@echo "parallel, unit, kernel and end-to-end tests; each reports when it is done"

@@ -35,7 +35,7 @@ case "${1:-}" in
   ;;
 esac
 
-"$root/launch/setup.sh"
+"$root/launch/setup.sh" --recipe "$1"
 # shellcheck source=launch/env.sh
 . "$root/launch/env.sh"
 export MOA_PYTHON="${MOA_PYTHON:-$root/.venv/bin/python}"
