@@ -35,7 +35,7 @@ def describe(args: argparse.Namespace) -> Identity:
     Raises:
         OSError: a data file cannot be read.
     """
-    if args.moa_model == "mae":
+    if getattr(args, "moa_model", None) == "mae":
         from moa_megatron.vision import data
 
         return data.identity(args)

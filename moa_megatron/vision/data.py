@@ -67,6 +67,7 @@ def identity(args: argparse.Namespace) -> dict[str, Any]:
         "mask ratio": args.mae_mask_ratio,
         "crop scale": " to ".join(f"{share:g}" for share in args.mae_crop_scale),
         "flip": bool(args.mae_flip),
+        "pixel mean and std": [*args.mae_pixel_mean, *args.mae_pixel_std],
         "training data": args.moa_image_digests.get("train", "random images"),
     }
     if "valid" in args.moa_image_digests:
@@ -101,25 +102,25 @@ def _build(args: argparse.Namespace, note: Path | None) -> dict[str, Any]:
 
 
 def _indices(args: argparse.Namespace, build: bool = True) -> dict[str, Any]:
-    from moa_megatron.vision.images import index
+    from moa_megatron.vision.images import building, index
 
+    cache = Path(args.moa_cache_dir) / "images"
     record: dict[str, Any] = {"index": {}, "digests": {}, "count": 0}
     words = []
     for split in _SPLITS:
         inputs = getattr(args, f"{split}_data_path")
         if not inputs or (split == "valid" and not args.eval_iters):
             continue
-        make = index.build if build else index.remembered
-        found = make(
-            [Path(name) for name in inputs],
-            Path(args.moa_cache_dir) / "images",
-            grey=args.moa_grey_images,
-            max_bad_fraction=args.moa_max_bad_images,
-        )
-        if found is None:
+        paths, grey = [Path(name) for name in inputs], args.moa_grey_images
+        if build:
+            share = args.moa_max_bad_images
+            building.build(paths, cache, grey=grey, max_bad_fraction=share)
+        file = building.find(paths, cache, grey)
+        if file is None:
             words.append(f"{split} {', '.join(inputs)}, not checked yet")
             continue
-        record["index"][split], record["digests"][split] = str(found.path), found.digest
+        found = index.load(file)
+        record["index"][split], record["digests"][split] = str(file), found.digest
         if split == "train":
             record["count"] = len(found)
         words.append(f"{split} {found.describe()}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moa_megatron.recipes import RefusedError
-from moa_megatron.vision.pictures import MEAN, STD
+from moa_megatron.vision.scaling import IMAGENET, Scaling
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
@@ -78,10 +78,9 @@ def read_labelled(
     return LabelledImages(torch.stack(pixels), np.array(labels), classes, unreadable)
 
 
-def normalised(pixels: Tensor) -> Tensor:
+def normalised(pixels: Tensor, scaling: Scaling = IMAGENET) -> Tensor:
     """uint8 [b, 3, h, w] -> float32, as images are normalised for training."""
-    mean, std = (torch.tensor(x, device=pixels.device).view(3, 1, 1) for x in (MEAN, STD))
-    return (pixels.float() / 255 - mean) / std
+    return scaling.apply(pixels.float() / 255)
 
 
 def _spread(files: list[Path], count: int | None) -> list[Path]:

@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moa_megatron.vision.patches import patchify, unpatchify
+from moa_megatron.vision.scaling import IMAGENET, Scaling
 
 COLUMNS = ("original", "masked", "reconstruction")
-# Of ImageNet's pixels in [0, 1], which images are normalised by.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _GREY, _WHITE = 127, 255
 
 
@@ -26,6 +25,7 @@ def reconstruction_grid(
     visible: Tensor,
     patch: int,
     gap: int = 2,
+    scaling: Scaling = IMAGENET,
 ) -> NDArray[np.uint8]:
     """A row for each image: the original, what the encoder saw, and the reconstruction.
 
@@ -33,12 +33,13 @@ def reconstruction_grid(
     by the patch's own mean and standard deviation; visible patches are shown as they are.
 
     Args:
-        images: [b, 3, h, w], normalised by `MEAN` and `STD`.
+        images: [b, 3, h, w], normalised by `scaling`.
         predictions: [b, L, p*p*3] of the model.
         mean, std: [b, L, 1], of `normalised_targets`.
         visible: [b, v] int64, the visible patches.
         patch: p.
         gap: white pixels between pictures.
+        scaling: which has normalised the images.
 
     Returns:
         [b * h + (b - 1) * gap, 3 * w + 2 * gap, 3].
@@ -51,9 +52,9 @@ def reconstruction_grid(
     hidden = hidden.scatter(1, visible, False).unsqueeze(-1)
     filled = torch.where(hidden, predictions * std + mean, patches)
     shown = [
-        _pixels(images),
-        _pixels(images),
-        _pixels(unpatchify(filled, patch, *grid, channels)),
+        _pixels(images, scaling),
+        _pixels(images, scaling),
+        _pixels(unpatchify(filled, patch, *grid, channels), scaling),
     ]
     covered = unpatchify(hidden.expand_as(patches), patch, *grid, channels)
     shown[1][covered.permute(0, 2, 3, 1).cpu().numpy()] = _GREY
@@ -89,9 +90,8 @@ def write_picture(grid: NDArray[np.uint8], path: Path, title: str = "") -> None:
     figure.savefig(path)
 
 
-def _pixels(images: Tensor) -> NDArray[np.uint8]:
+def _pixels(images: Tensor, scaling: Scaling) -> NDArray[np.uint8]:
     """Normalised [b, 3, h, w] -> [b, h, w, 3]."""
-    mean, std = (torch.tensor(x, dtype=images.dtype).view(3, 1, 1) for x in (MEAN, STD))
-    values = (images.cpu() * std + mean).mul(255).round().clamp(0, 255)
+    values = scaling.undo(images.cpu()).mul(255).round().clamp(0, 255)
     pixels: NDArray[np.uint8] = values.permute(0, 2, 3, 1).to(torch.uint8).numpy()
     return pixels

@@ -17,6 +17,7 @@ from torch import Tensor
 from moa_megatron.vision import training
 from moa_megatron.vision.patches import normalised_targets, patchify
 from moa_megatron.vision.pictures import reconstruction_grid, write_picture
+from moa_megatron.vision.scaling import scaling_from_args
 
 logger = logging.getLogger(__name__)
 
@@ -83,4 +84,5 @@ def _picture(args: argparse.Namespace, model: Any, images: Tensor, samples: Tens
         *(tensor.float().cpu() for tensor in (images, predicted, mean, std)),
         visible=visible.cpu(),
         patch=args.patch_dim,
+        scaling=scaling_from_args(args),
     )

@@ -6,6 +6,7 @@ import argparse
 
 from moa_megatron.config import MoAConfig
 from moa_megatron.vision.masking import visible_count
+from moa_megatron.vision.scaling import IMAGENET
 
 # Megatron's parallelism and modules that the model does not have: destination, value that is fine.
 _UNSERVED = {
@@ -66,6 +67,16 @@ def add_vision_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="centred crop of evaluation, as a share of the short side (0.875)",
     )
+    for name, usual in (("mean", IMAGENET.mean), ("std", IMAGENET.std)):
+        add(
+            f"--mae-pixel-{name}",
+            type=float,
+            nargs=3,
+            default=list(usual),
+            metavar=("R", "G", "B"),
+            help=f"{name} that pixels in [0, 1] are normalised by (ImageNet's: "
+            f"{' '.join(map(str, usual))})",
+        )
     add(
         "--mae-pictures",
         type=int,
@@ -177,6 +188,8 @@ def _data_problems(args: argparse.Namespace) -> list[str]:
         found.append(f"--mae-crop-scale {low} {high}: must be 0 < LOW <= HIGH <= 1, as 0.2 1.0")
     if not 0 < args.mae_eval_crop <= 1:
         found.append(f"--mae-eval-crop {args.mae_eval_crop}: must be in (0, 1], such as 0.875")
+    if not all(std > 0 for std in args.mae_pixel_std):
+        found.append(f"--mae-pixel-std {args.mae_pixel_std}: must be positive, such as 0.5 0.5 0.5")
     if not 0 <= args.moa_max_bad_images <= 1:
         found.append(
             f"--moa-max-bad-images {args.moa_max_bad_images}: must be from 0 to 1, such as 0.01"

@@ -7,6 +7,7 @@ same slots. The loader is DALI's, passed through by ``--dataloader-type external
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -20,9 +21,10 @@ from megatron.core.tensor_parallel import broadcast_data
 from megatron.training import get_args, get_tensorboard_writer, get_timers
 from torch import Tensor
 
-from moa_megatron import layer_statistics, packages, ranges
+from moa_megatron import layer_statistics, ranges
 from moa_megatron.vision.masking import visible_patches
 from moa_megatron.vision.patches import normalised_targets, patchify
+from moa_megatron.vision.scaling import scaling_from_args
 
 LOSS = "mae loss"
 INPUT_WAIT = "input wait"
@@ -159,14 +161,14 @@ def loader(
     size = (args.img_h, args.img_w)
     if args.mock_data:
         return _RandomImages(size, micro_batch, rank, ranks, start)
-    from moa_megatron.vision.images import index as image_index
+    from moa_megatron.vision.images import index
     from moa_megatron.vision.images.augment import Augmentation
     from moa_megatron.vision.images.loader import ImageLoader
 
-    packages.require_vision()
-    augment = Augmentation(tuple(args.mae_crop_scale), args.mae_flip) if split == "train" else None
+    low, high = args.mae_crop_scale
+    augment = Augmentation((low, high), flip=0.5 if args.mae_flip else 0.0)
     return ImageLoader(
-        image_index.load(Path(args.moa_image_index[split])),
+        index.load(Path(args.moa_image_index[split])),
         seed=args.seed,
         size=size,
         micro_batch=micro_batch,
@@ -174,11 +176,18 @@ def loader(
         ranks=ranks,
         start=start,
         period=period,
-        augment=augment,
+        augment=augment if split == "train" else None,
         crop_fraction=args.mae_eval_crop,
-        threads=args.moa_image_threads,
-        device="gpu" if torch.cuda.is_available() else "cpu",
+        threads=args.moa_image_threads or _threads(),
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        scaling=scaling_from_args(args),
     )
+
+
+def _threads() -> int:
+    """This rank's share of the cores that it may use, and one more, as some always wait."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, len(os.sched_getaffinity(0)) // local) + 1
 
 
 class _RandomImages:

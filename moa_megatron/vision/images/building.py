@@ -53,7 +53,7 @@ def build(
         RuntimeError: a worker process was killed.
     """
     sources = formats.scan(inputs)
-    path = cache_dir / f"images-{_fingerprint(sources, grey)}.npz"
+    path = _path(sources, cache_dir, grey)
     found = _remembered(path)
     if found is None:
         found = _built(sources, grey, workers or len(os.sched_getaffinity(0)), progress)
@@ -62,6 +62,20 @@ def build(
         _judge(found, _list_bad(found, path.with_suffix(".bad.txt")), max_bad_fraction)
     logger.info("%s", found.describe())
     return found
+
+
+def find(inputs: Sequence[Path], cache_dir: Path, grey: bool = False) -> Path | None:
+    """The file that `build` has written for some inputs, or None where it would build it anew.
+
+    Raises:
+        RefusedError: an input is not what it should be.
+    """
+    path = _path(formats.scan(inputs), cache_dir, grey)
+    return path if path.exists() else None
+
+
+def _path(sources: Sequence[formats.Source], cache_dir: Path, grey: bool) -> Path:
+    return cache_dir / f"images-{_fingerprint(sources, grey)}.npz"
 
 
 def _fingerprint(sources: Sequence[formats.Source], grey: bool) -> str:

@@ -31,6 +31,7 @@ from moa_megatron.vision.images.index import WHOLE_FILE, ImageIndex
 from moa_megatron.vision.images.order import image_ids
 from moa_megatron.vision.images.pipeline import Encoded, Pipeline
 from moa_megatron.vision.images.reading import Reader
+from moa_megatron.vision.scaling import IMAGENET, Scaling
 
 Batch = dict[str, Tensor]
 
@@ -71,6 +72,7 @@ class ImageLoader:
         threads: that decode, and as many that resize; a few more than cores serve best.
         device: "cpu", or the CUDA device that decodes and gets the images.
         crop_fraction: of both sides of the centred window; MAE evaluates with 224/256.
+        scaling: normalises pixels.
 
     Yields:
         images: [b, 3, h, w], float32, normalised, on the device. On the host: ids [b], rows of the
@@ -92,10 +94,11 @@ class ImageLoader:
         threads: int,
         device: str,
         crop_fraction: float = 1.0,
+        scaling: Scaling = IMAGENET,
     ) -> None:
         self.index, self.seed, self.size, self.augment = index, seed, size, augment
         self.micro_batch, self.period, self.crop_fraction = micro_batch, period, crop_fraction
-        self.threads, self.device = threads, torch.device(device)
+        self.threads, self.device, self.scaling = threads, torch.device(device), scaling
         self.waited = 0.0  # seconds in which the caller waited for a batch
         self.batches = 0  # that the caller got
         self._first, self._step = start + rank * micro_batch, micro_batch * ranks
@@ -166,7 +169,8 @@ class ImageLoader:
             decoding.append(plan)
             return self._encoded(plan)
 
-        pipeline = Pipeline(source, self.size, self.micro_batch, self.threads, str(self.device))
+        device = str(self.device)
+        pipeline = Pipeline(source, self.size, self.micro_batch, self.threads, device, self.scaling)
         try:
             while not self._stop.is_set():
                 try:

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of values in [0, 1]
+from moa_megatron.vision.scaling import Scaling
+
 _BUFFERS = 2  # batches that DALI keeps ready
 
 
@@ -47,6 +48,7 @@ class Pipeline:
         batch: images of a batch.
         threads: that decode, and where there is no GPU as many that resize.
         device: "cpu" or a CUDA device.
+        scaling: normalises pixels.
     """
 
     def __init__(
@@ -56,14 +58,15 @@ class Pipeline:
         batch: int,
         threads: int,
         device: str,
+        scaling: Scaling,
     ) -> None:
         self._size, self._device = size, torch.device(device)
         self._cuda = self._device.type == "cuda"
-        self._dali = _dali_pipeline(source, size, batch, threads, self._device)
+        self._dali = _dali_pipeline(source, size, batch, threads, self._device, scaling)
         self._threads = ThreadPoolExecutor(threads, "resize")
-        scale = 1 / (255 * np.array(STD))
+        scale = 1 / (255 * np.array(scaling.std))
         self._scale = scale.astype(np.float32)[:, None, None]
-        self._shift = (255 * scale * np.array(MEAN)).astype(np.float32)[:, None, None]
+        self._shift = (255 * scale * np.array(scaling.mean)).astype(np.float32)[:, None, None]
         self._stream = torch.cuda.Stream(self._device) if self._cuda else None
 
     def next(self) -> Tensor:
@@ -115,6 +118,7 @@ def _dali_pipeline(
     batch: int,
     threads: int,
     device: torch.device,
+    scaling: Scaling,
 ) -> Any:
     """DALI's graph: decoded windows on a CPU, finished images on a GPU; with them `mirrored`."""
     from nvidia.dali import fn, pipeline_def, types
@@ -152,8 +156,8 @@ def _dali_pipeline(
             images = fn.crop_mirror_normalize(
                 images,
                 mirror=mirrored,
-                mean=[255 * mean for mean in MEAN],
-                std=[255 * std for std in STD],
+                mean=[255 * mean for mean in scaling.mean],
+                std=[255 * std for std in scaling.std],
                 dtype=types.FLOAT,
                 output_layout="CHW",
             )
