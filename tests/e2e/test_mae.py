@@ -1,0 +1,115 @@
+"""Masked autoencoders end to end: what a user sees; runs that stop, resume and change layout."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from moa_megatron import telemetry
+from tests.e2e.runs import Outcome, local, pretrain
+
+SMALL = [
+    *("--num-layers", "2", "--hidden-size", "32", "--ffn-hidden-size", "24"),
+    *("--num-attention-heads", "2", "--mae-decoder-layers", "1", "--mae-decoder-width", "16"),
+    *("--mae-decoder-heads", "2", "--mae-decoder-ffn", "16", "--mae-pictures", "3"),
+    *("--global-batch-size", "16", "--micro-batch-size", "4", "--eval-iters", "2"),
+    *("--train-iters", "6", "--eval-interval", "3", "--save-interval", "3"),
+    *(
+        "--lr-warmup-iters",
+        "1",
+        "--moa-log-interval",
+        "3",
+        "--log-interval",
+        "1",
+        "--tensorboard-log-interval",
+        "1",
+    ),
+]
+
+
+def losses(run: Outcome) -> list[float]:
+    curves = telemetry.read_run(run.folder / "tensorboard", tested=False)
+    return curves[telemetry.TRAIN_LOSS].values
+
+
+def tensors(run: Outcome) -> dict[str, torch.Tensor]:
+    whole = run.folder / "whole.pt"
+    dcp_to_torch_save(run.status["checkpoint"], whole)
+    state = torch.load(whole, weights_only=False)
+    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    return pretrain(tmp_path_factory.mktemp("mae") / "whole", "tiny-mae", *SMALL)
+
+
+def test_a_finished_run_shows_what_it_saw(finished: Outcome) -> None:
+    assert finished.code == 0
+    for text in ("75% of 49 patches hidden", "4,000 images", "images/s", "finished at step 6 of 6"):
+        assert text in finished.output, text
+    assert "PPL" not in finished.output and "tokens" not in finished.output
+    status = finished.status
+    assert 0 < status["validation_loss"] < 3 and status["loss_unit"] == "squared error"
+    assert 0 <= status["input_wait"] <= 1
+    grid = np.asarray(Image.open(status["reconstruction"]).convert("RGB"))
+    assert Path(status["reconstruction"]).name == "step_0000006.png"
+    assert grid.std() > 20, "an empty picture"
+    tags = telemetry.read_scalars(finished.folder / "tensorboard", ("input wait",))
+    assert tags["input wait"].steps[-1] == 6
+    statistics = telemetry.read_statistics(finished.folder / "tensorboard")
+    layers = {tag.split("/")[1] for tag in statistics}
+    assert {"layer_01", "layer_02", "decoder_01"} <= layers
+
+
+def test_stop_and_resume_equals_the_run_that_never_stopped(
+    finished: Outcome, tmp_path: Path
+) -> None:
+    folder = tmp_path / "stopped"
+    assert pretrain(folder, "tiny-mae", *SMALL, "--exit-interval", "3").code == 75
+    resumed = pretrain(folder, "tiny-mae", *SMALL)
+    assert resumed.code == 0 and resumed.status["step"] == 6
+    assert losses(resumed) == losses(finished)
+    ours, theirs = tensors(resumed), tensors(finished)
+    assert ours.keys() == theirs.keys() and any("exp_avg" in key for key in ours)
+    assert not [key for key in ours if not torch.equal(ours[key], theirs[key])]
+    assert resumed.status["validation_loss"] == finished.status["validation_loss"]
+
+
+@pytest.mark.slow
+def test_other_layouts_see_the_same_images(finished: Outcome, tmp_path: Path) -> None:
+    """Started on one rank and continued on two, which differs by rounding alone."""
+    folder = tmp_path / "grown"
+    assert pretrain(folder, "tiny-mae", *SMALL, "--exit-interval", "3").code == 75
+    grown = local(folder, "tiny-mae", *SMALL, "--use-distributed-optimizer", NPROC="2")
+    assert grown.code == 78 or losses(grown) == pytest.approx(losses(finished), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [["--tensor-model-parallel-size", "2"], ["--use-distributed-optimizer"]],
+    ids=["tp2", "dp2"],
+)
+def test_two_ranks_equal_one(finished: Outcome, tmp_path: Path, words: list[str]) -> None:
+    pair = local(tmp_path / "pair", "tiny-mae", *SMALL, *words, NPROC="2")
+    assert pair.code == 0
+    assert losses(pair)[0] == pytest.approx(losses(finished)[0], rel=1e-5)
+    assert losses(pair) == pytest.approx(losses(finished), rel=1e-2)
+
+
+def test_bad_images_are_refused_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "train" / "class"
+    folder.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 255, (28, 28, 3), dtype=np.uint8)
+    for index in range(8):
+        Image.fromarray(pixels).save(folder / f"good{index}.jpg")
+    (folder / "empty.jpg").touch()
+    data = ["--train-data-path", str(folder.parent), "--valid-data-path", str(folder.parent)]
+    refused = pretrain(tmp_path / "run", "tiny-mae", *SMALL, *data)
+    assert refused.code == 78 and not (tmp_path / "run").exists()
+    assert "1 of 9 images are bad" in refused.output and "empty.jpg" in refused.output
+    assert "--moa-max-bad-images" in refused.output and "Traceback" not in refused.output
