@@ -94,7 +94,8 @@ def _centre(image: Image.Image, size: tuple[int, int], fraction: float) -> Tenso
     """The centre in the shape of `size`, as large as fits, times `fraction`."""
     h, w = size
     unit = fraction * min(image.height / h, image.width / w)
-    top, left = (image.height - unit * h) / 2, (image.width - unit * w) / 2
-    box = (left, top, left + unit * w, top + unit * h)
-    scaled = image.resize((w, h), Image.Resampling.BILINEAR, box=box)
+    height, width = max(1, round(unit * h)), max(1, round(unit * w))
+    top, left = (image.height - height) // 2, (image.width - width) // 2
+    part = image.crop((left, top, left + width, top + height))
+    scaled = part.resize((w, h), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(scaled)).permute(2, 0, 1)

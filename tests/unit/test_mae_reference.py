@@ -132,9 +132,20 @@ def test_features_follow_the_images_and_see_places(pooling: str) -> None:
     images, _ = batch()
     features = encoder.features(images, pooling)  # type: ignore[arg-type]
     assert features.shape == (3, SHAPE.width)
+    first, *others = encoder(patchify(images, SHAPE.patch)).unbind(dim=1)
+    expected = first if pooling == "class" else sum(others) / SHAPE.num_patches
+    torch.testing.assert_close(features, expected)
     torch.testing.assert_close(encoder.features(images.flip(0), pooling).flip(0), features)  # type: ignore[arg-type]
-    mirrored = encoder.features(images.flip(3), pooling)  # type: ignore[arg-type]
-    assert not torch.allclose(mirrored, features)
+    # The same patches at other places.
+    moved = unpatchify(patchify(images, SHAPE.patch).flip(1), SHAPE.patch, *SHAPE.grid, 3)
+    assert not torch.allclose(encoder.features(moved, pooling), features)  # type: ignore[arg-type]
+
+
+def test_hidden_patches_are_told_apart_by_their_places() -> None:
+    images, visible = batch()
+    predicted = model(MoAConfig()).predict(images, visible)[0]
+    hidden = [place for place in range(SHAPE.num_patches) if place not in visible[0].tolist()]
+    assert not torch.allclose(predicted[hidden[0]], predicted[hidden[1]])
 
 
 def test_every_parameter_gets_a_gradient() -> None:
