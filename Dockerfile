@@ -10,6 +10,8 @@ WORKDIR /opt/moa-megatron
 # Packages change rarely and take minutes: their layer needs nothing but the lock and these scripts.
 # Proof that the base's torch, Transformer Engine and Apex are untouched belongs to the same layer,
 # so that no image exists without it.
+# EXTRAS=none leaves out what only recipes of images need.
+ARG EXTRAS=vision
 ARG UNPIN=""
 COPY pyproject.toml uv.lock ./
 COPY launch/container/install.sh launch/container/check_image.py launch/container/plan_packages.py \

@@ -56,7 +56,7 @@ compare: setup  ## baseline, LA, one, bi, qd on the tiny recipe: table and pictu
 bench: setup  ## MoA over fixed: ARGS=--op, --layer, --static; default: whole runs of tiny-moe
 	$(PY) tools/bench.py $(ARGS)
 
-image:  ## the container image, by docker, podman or buildah: IMAGE=, BASE_IMAGE=, UNPIN=
+image:  ## the container image, by docker, podman or buildah: IMAGE=, BASE_IMAGE=, EXTRAS=, UNPIN=
 	@./launch/container/build.sh $(ARGS)
 
 image-test: setup  ## the Dockerfile on a base that stands in for NVIDIA's; skips without buildah, debootstrap, root

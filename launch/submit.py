@@ -44,7 +44,7 @@ if sys.version_info < (3, 9):  # noqa: UP036
 try:
     import yaml
 
-    from moa_megatron import outline, recipes, runstate, slurm, submission, sweeps
+    from moa_megatron import outline, packages, recipes, runstate, slurm, submission, sweeps
 except ImportError as error:
     use_environment(f"{error}: python3 -m pip install --user pyyaml")
 
@@ -179,9 +179,13 @@ def megatron_problems(job: submission.Job) -> list[str]:
     if done.returncode == 0:
         return []
     refused = done.stderr.partition("refused: ")[2].strip()
-    if "transformer_engine cannot run here" in refused:
-        print("note: Transformer Engine is not here; the job checks its flags when it starts")
-        return []
+    elsewhere = {"transformer_engine cannot run here": "Transformer Engine"}
+    if job.container:  # which brings its own
+        elsewhere[packages.VISION_NEEDED] = "the extra vision"
+    for text, name in elsewhere.items():
+        if text in refused:
+            print(f"note: {name} is not here; the job checks its flags when it starts")
+            return []
     return [refused or f"Megatron's check failed:\n{done.stderr[-2000:]}"]
 
 

@@ -22,6 +22,7 @@ VISION = {
     "sklearn": "scikit-learn",
 }
 VISION_INSTALL = "./launch/setup.sh vision (a container image: make image EXTRAS=vision)"
+VISION_NEEDED = "this recipe needs the extra vision"
 _DALI_NAMES = (VISION["nvidia.dali"], "nvidia-dali-cuda120")  # an image may have the older CUDA's
 _DALI_FROM, _DALI_BELOW = 2, 3
 _HELPERS = "megatron/core/datasets"
@@ -55,7 +56,7 @@ def vision_problem() -> str | None:
     """Why recipes of images cannot run here, with the cure; None where they can."""
     missing = [name for module, name in VISION.items() if not importable(module)]
     if missing:
-        return f"this recipe needs the extra vision ({', '.join(missing)}): {VISION_INSTALL}"
+        return f"{VISION_NEEDED} ({', '.join(missing)}): {VISION_INSTALL}"
     return dali_version_problem(next(filter(None, map(version, _DALI_NAMES)), None))
 
 

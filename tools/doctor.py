@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Is this environment sane? Answered before a GPU-hour is spent.
 
-Looks at Python, GPUs and driver, torch, NCCL, Transformer Engine, limits, disks, network, Slurm,
-container and the project itself, and runs collectives over all local ranks. Each finding is ok,
-note, warning or error, with its cure. Needs the standard library only.
+Looks at Python, GPUs and driver, torch, NCCL, Transformer Engine, DALI, limits, disks, network,
+Slurm, container and the project itself, and runs collectives over all local ranks. Each finding is
+ok, note, warning or error, with its cure. Needs the standard library only.
 
 Exit code: 0 no error, 1 an error, 78 bad usage.
 """
@@ -30,6 +30,7 @@ from tools.doctor_checks import (  # noqa: E402
     cluster,
     collectives,
     gpu,
+    images,
     libraries,
     limits,
     network,
@@ -56,7 +57,7 @@ GROUPS: dict[str, tuple[Check, ...]] = {
     "python": python.CHECKS,
     "GPUs": gpu.CHECKS,
     "torch": torch_view.CHECKS,
-    "libraries": libraries.CHECKS,
+    "libraries": (*libraries.CHECKS, *images.CHECKS),
     "limits": limits.CHECKS,
     "storage": storage.CHECKS,
     "network": network.CHECKS,
@@ -65,7 +66,7 @@ GROUPS: dict[str, tuple[Check, ...]] = {
 }
 # Seconds; torch alone takes a minute to import from a busy disk.
 CHECK_LIMIT, IMPORT_LIMIT = 40.0, 200.0
-IMPORTING = (*torch_view.CHECKS, *libraries.CHECKS, *project.CHECKS)
+IMPORTING = (*torch_view.CHECKS, *libraries.CHECKS, *images.CHECKS, *project.CHECKS)
 
 
 class _Parser(argparse.ArgumentParser):

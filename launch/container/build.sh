@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the container image with docker, podman or buildah: `make image`.
-# Variables: IMAGE, BASE_IMAGE, UNPIN, and ENGINE to choose between the three; DRY_RUN=1 only prints.
+# Variables: IMAGE, BASE_IMAGE, EXTRAS, UNPIN, and ENGINE to choose between the three; DRY_RUN=1 only prints.
 # Further words go to the engine's build command.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -49,6 +49,7 @@ arguments=(
   "REVISION=$(git describe --always --dirty --abbrev=40 --match '' 2>/dev/null || echo unknown)"
   "BUILD_DATE=$(date -u +%Y-%m-%dT%H:%M:%SZ)"
   "SOURCE=$(source_url)"
+  "EXTRAS=${EXTRAS:-$(sed -n 's/^ARG EXTRAS=//p' Dockerfile)}"
   "UNPIN=${UNPIN:-}"
 )
 command=("$engine" build --tag "$image")

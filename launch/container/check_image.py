@@ -28,9 +28,21 @@ PROTECTED = re.compile(
     r"(torch|triton|pytorch-triton|transformer-engine|apex|flash-attn|nvidia|cuda|tensorrt)([-_].*)?"
     r"|torch(vision|audio|ao|data|text)"
 )
+# DALI and the codecs that it alone loads are no part of CUDA's toolkit: a base without DALI, which
+# NVIDIA's are at times, gets them. nvJPEG is part of it, and found in /usr/local/cuda.
+_DALI = "nvidia-dali-"
+ADDABLE = re.compile(rf"{_DALI}.*|nvidia-(nvimgcodec|nvtiff|nvjpeg2k|libnvcomp)-.*")
 # Where these are found must not change either: a copy earlier on the path would shadow them.
 MODULES = ("torch", "transformer_engine", "apex", "triton", "flash_attn")
-NAMED = ("torch", "transformer-engine", "apex", "triton", "flash-attn", "megatron-core")
+NAMED = (
+    "torch",
+    "transformer-engine",
+    "apex",
+    "triton",
+    "flash-attn",
+    "nvidia-dali-cuda130",
+    "megatron-core",
+)
 HELPERS = "megatron/core/datasets"
 _IMPORTS = """
 import importlib, pkgutil
@@ -52,6 +64,15 @@ def canonical(name: str) -> str:
 def protected(name: str) -> bool:
     """Whether only the base image may bring the distribution ``name``."""
     return PROTECTED.fullmatch(canonical(name)) is not None
+
+
+def only_of_base(name: str, installed: Iterable[str]) -> bool:
+    """Whether only a base with torch and the ``installed`` distributions may bring ``name``."""
+    if not protected(name):
+        return False
+    names = {canonical(other) for other in installed}
+    whole = any(other.startswith(_DALI) for other in names)  # two DALIs overwrite each other
+    return whole or canonical(name) in names or ADDABLE.fullmatch(canonical(name)) is None
 
 
 def snapshot() -> dict[str, Any]:
@@ -80,6 +101,8 @@ def problems(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for name, old in before["distributions"].items():
             said += _changed(name, old, now["distributions"].get(name))
         for name in sorted(set(now["distributions"]) - set(before["distributions"])):
+            if not only_of_base(name, before["distributions"]):
+                continue
             version = now["distributions"][name]["version"]
             said.append(
                 f"{name} {version} appeared, which the base image left out and whose libraries "

@@ -3,8 +3,9 @@
 #   install.sh packages   what the base lacks, in its own layer; proves the rest untouched
 #   install.sh project    the project's code beside this script, and BUILD_INFO
 #   install.sh user       user 1000 is moa; for engines that take the image's user
-# Variables: UNPIN="name ..." gives up pins of the base image (never torch's and its kin); PLAN_ONLY=1
-# prints what would be installed; VERSION, REVISION, BUILD_DATE, BASE_IMAGE, BASE_DIGEST: BUILD_INFO.
+# Variables: EXTRAS="name ..." are pyproject.toml's (vision; none for text alone); UNPIN="name ..." gives
+# up pins of the base image (never torch's and its kin); PLAN_ONLY=1 prints what would be installed;
+# VERSION, REVISION, BUILD_DATE, BASE_IMAGE, BASE_DIGEST: BUILD_INFO.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 root=$PWD
@@ -44,9 +45,11 @@ pip_install() {
 }
 
 want() { # FLAGS of `plan_packages.py wanted`
-  local unpin
+  local extras unpin
+  read -r -a extras <<<"${EXTRAS-vision}"
   read -r -a unpin <<<"${UNPIN:-}"
-  "$python" "$tools/plan_packages.py" wanted "$record" "$scratch" "$@" --unpin "${unpin[@]}"
+  "$python" "$tools/plan_packages.py" wanted "$record" "$scratch" "$@" \
+    --extras "${extras[@]}" --unpin "${unpin[@]}"
 }
 
 resolve() {
@@ -63,7 +66,8 @@ packages() {
     echo "install: the locked versions do not go with the image's: others are chosen" >&2
     want --loose
     resolve || refuse "no versions go with the packages of the base image: name those named" \
-      "above that may change, as --build-arg UNPIN='NAME NAME', or choose a newer BASE_IMAGE"
+      "above that may change, as --build-arg UNPIN='NAME NAME', choose a newer BASE_IMAGE, or" \
+      "leave recipes of images out, by --build-arg EXTRAS=none"
   fi
   "$python" "$tools/plan_packages.py" exact "$record" "$scratch"
   if [ "${PLAN_ONLY:-0}" = 0 ]; then

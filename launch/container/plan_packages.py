@@ -1,6 +1,6 @@
 """Chooses what pip installs into an image: only what is missing, in the versions of uv.lock.
 
-    plan_packages.py wanted RECORD FOLDER [--loose] [--unpin NAME...]
+    plan_packages.py wanted RECORD FOLDER [--extras NAME...] [--loose] [--unpin NAME...]
         writes FOLDER/wanted.txt and FOLDER/constraints.txt for `pip install --dry-run --report`
     plan_packages.py exact RECORD FOLDER
         reads FOLDER/report.json and writes FOLDER/exact.txt for `pip install --no-deps`
@@ -8,7 +8,8 @@
 RECORD is check_image.py's. What the image has stays as it is, since the image was tested with it;
 what its pip constraints say about absent packages holds too. Only a version outside our own
 requirements gives way. --loose lets pip choose versions for absent packages where the locked ones
-do not go with the image's; --unpin gives up pins by name.
+do not go with the image's; --unpin gives up pins by name. --extras are those
+of pyproject.toml; "none" is none.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ except ImportError:  # pip, which has to be here anyway, carries a copy
     from pip._vendor.packaging.specifiers import SpecifierSet
 
 sys.path.insert(0, str(Path(__file__).parent))
-from check_image import canonical, protected  # noqa: E402
+from check_image import canonical, only_of_base  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,6 +45,10 @@ class Image:
     installed: dict[str, str]
     constraints: dict[str, str]
     has_torch: bool
+
+    def alone_brings(self, name: str) -> bool:
+        """Whether ``name`` is the image's or nobody's."""
+        return self.has_torch and only_of_base(name, self.installed)
 
 
 def constrain(
@@ -60,7 +65,7 @@ def constrain(
         else:
             lines.append(f"{name}=={locked[name]}")
             continue
-        if image.has_torch and protected(name):
+        if image.alone_brings(name):
             lines.append(pin)
             if not _fits(direct.get(name), pin):
                 said.append(f"{pin} stays; the project is tested with {direct[name]}")
@@ -84,7 +89,7 @@ def exact(
     lines, kept_out = [], []
     for item in report["install"]:
         name, version = canonical(item["metadata"]["name"]), item["metadata"]["version"]
-        if image.has_torch and protected(name):
+        if image.alone_brings(name):
             kept_out.append(f"{name} {version}")
             continue
         hashes = _hashes(item)
@@ -97,6 +102,21 @@ def exact(
         chosen = sorted(known or hashes)
         lines.append(" ".join([f"{name}=={version}", *(f"--hash={digest}" for digest in chosen)]))
     return lines, kept_out
+
+
+def requirements(project: dict[str, Any], extras: list[str]) -> list[Requirement]:
+    """What pyproject.toml's table ``project`` requires, with the extras named.
+
+    Raises:
+        ValueError: it has no extra of such a name.
+    """
+    optional = project["optional-dependencies"]
+    unknown = sorted(set(extras) - {"none", *optional})
+    if unknown:
+        known = ", ".join([*optional, "none"])
+        raise ValueError(f"EXTRAS={' '.join(extras)}: no extra is called {unknown[0]}: use {known}")
+    texts = [text for name in extras for text in optional.get(name, [])]
+    return [Requirement(text) for text in [*project["dependencies"], *texts]]
 
 
 def read_lock(text: str) -> dict[str, Any]:
@@ -162,12 +182,12 @@ def _hashes(item: dict[str, Any]) -> list[str]:
 def _wanted(args: argparse.Namespace, lock: dict[str, Any]) -> None:
     image = read_image(args.record)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needs = [Requirement(text) for text in project["dependencies"]]
+    needs = requirements(project, args.extras)
     locked = {} if args.loose else lock["versions"]
     lines, said = constrain(image, needs, locked, {canonical(name) for name in args.unpin})
     for text in said:
         print(f"plan: {text}")
-    wanted = [str(n) for n in needs if not (image.has_torch and protected(n.name))]
+    wanted = [str(need) for need in needs if not image.alone_brings(need.name)]
     (args.folder / "wanted.txt").write_text("\n".join(wanted) + "\n")
     (args.folder / "constraints.txt").write_text("\n".join(lines) + "\n")
 
@@ -188,6 +208,7 @@ def main() -> None:
     parser.add_argument("step", choices=("wanted", "exact"))
     parser.add_argument("record", type=Path)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--extras", nargs="*", default=[])
     parser.add_argument("--loose", action="store_true")
     parser.add_argument("--unpin", nargs="*", default=[])
     args = parser.parse_args()
@@ -195,7 +216,8 @@ def main() -> None:
     try:
         {"wanted": _wanted, "exact": _exact}[args.step](args, lock)
     except ValueError as error:
-        sys.exit(f"plan: {error}")
+        print(f"plan: {error}", file=sys.stderr)
+        sys.exit(78)
 
 
 if __name__ == "__main__":

@@ -107,6 +107,21 @@ def test_a_spoiled_image_is_refused(
     assert all(part in done.stderr for part in parts), done.stderr
 
 
+def test_dali_may_be_added_but_neither_exchanged_nor_doubled(
+    site: Path, record: str, tmp_path: Path
+) -> None:
+    for name in ("nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13"):
+        put(site, name, "2.4.0", **{f"{name}/__init__.py": ""})
+    assert check(site, "verify", record).returncode == 0
+    again = str(tmp_path / "again.json")
+    assert "nvidia-dali-cuda130 2.4.0" in check(site, "record", again).stdout
+    put(site, "nvidia-dali-cuda120", "2.4.0", **{"doubled/__init__.py": ""})
+    (site / "nvidia-nvimgcodec-cu13/__init__.py").write_text("exchanged")
+    done = check(site, "verify", again)
+    assert done.returncode == 78 and "nvidia-dali-cuda120 2.4.0 appeared" in done.stderr
+    assert "nvidia-nvimgcodec-cu13 2.4.0 of the base image has other files" in done.stderr
+
+
 def test_a_shadowing_copy_is_refused(
     site: Path, record: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,9 +143,10 @@ def test_build_without_an_engine_says_what_to_install(tmp_path: Path) -> None:
 
 def test_a_dry_run_builds_nothing(tmp_path: Path) -> None:
     fake_engine(tmp_path / "bin", "buildah")
-    done = build(tmp_path / "bin", DRY_RUN="1", UNPIN="protobuf numpy")
+    done = build(tmp_path / "bin", DRY_RUN="1", UNPIN="protobuf numpy", EXTRAS="none")
     assert done.returncode == 0 and "would run: buildah build" in done.stdout
-    assert "UNPIN=protobuf\\ numpy" in done.stdout
+    assert "EXTRAS=none --build-arg UNPIN=protobuf\\ numpy" in done.stdout
+    assert "EXTRAS=vision" in build(tmp_path / "bin", DRY_RUN="1").stdout
     assert "buildah build" not in (tmp_path / "bin/log").read_text()
 
 

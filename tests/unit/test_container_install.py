@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import packaging
+import pytest
 
 from tests.unit.test_check_image import put
 
@@ -24,6 +26,7 @@ echo x >>{log}
 n=$(wc -l <{log})
 while [ "$1" != --report ]; do shift; done
 cp "$(dirname "$2")/constraints.txt" {log}.$n
+cp "$(dirname "$2")/wanted.txt" {log}.wanted
 [ "$n" -gt {failures} ] || exit 1
 echo '{{"install": []}}' >"$2"
 """
@@ -68,6 +71,7 @@ def test_locked_versions_give_way_to_the_images(tmp_path: Path) -> None:
 def test_without_a_solution_the_cure_is_named(tmp_path: Path) -> None:
     done = install(tmp_path, failures=2)
     assert done.returncode == 78 and "--build-arg UNPIN='NAME NAME'" in done.stderr
+    assert "--build-arg EXTRAS=none" in done.stderr
 
 
 def test_unpinned_packages_may_change(tmp_path: Path) -> None:
@@ -75,6 +79,27 @@ def test_unpinned_packages_may_change(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "the image's numpy==2.1.0 is given up: as asked" in done.stdout
     assert "torch==2.11.0a0+nv26.6" in constraints(tmp_path, 1)
+
+
+def wanted(folder: Path) -> set[str]:
+    return {re.split("[><=]", line)[0] for line in (folder / "log.wanted").read_text().split()}
+
+
+@pytest.mark.parametrize("extras", [None, "none"])
+def test_recipes_of_images_are_served_unless_extras_say_none(
+    tmp_path: Path, extras: str | None
+) -> None:
+    done = install(tmp_path, failures=0, **({} if extras is None else {"EXTRAS": extras}))
+    assert done.returncode == 0, done.stderr
+    asked = wanted(tmp_path)
+    assert ("nvidia-dali-cuda130" in asked) == ("mlxtend" in asked) == (extras is None)
+    assert "megatron-core" in asked and "torch" not in asked
+
+
+def test_an_unknown_extra_is_refused_before_anything_is_fetched(tmp_path: Path) -> None:
+    done = install(tmp_path, failures=0, EXTRAS="visoin")
+    assert done.returncode == 78 and "no extra is called visoin: use fast, vision" in done.stderr
+    assert not (tmp_path / "log").exists()
 
 
 def test_a_missing_constraint_file_and_a_wrong_step_are_refused(tmp_path: Path) -> None:

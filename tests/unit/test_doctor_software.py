@@ -12,7 +12,7 @@ import pytest
 
 from moa_megatron import packages
 from tests.helpers.doctor import found, gpus, levels, machine
-from tools.doctor_checks import cluster, differences, libraries, nodes, project, report
+from tools.doctor_checks import cluster, differences, images, libraries, nodes, project, report
 from tools.doctor_checks.host import Finding
 
 GOOD = {"torch": "2.11.0", "megatron-core": "0.19.2", "emerging-optimizers": "0.3.7"}
@@ -119,11 +119,52 @@ def test_the_wrong_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert finding.level == "error" and "pip uninstall apex" in finding.cure
 
 
-def test_two_dalis(tmp_path: Path) -> None:
-    one = {"nvidia-dali-cuda130": "1.53"}
-    assert levels(libraries.extras, machine(tmp_path, distributions=one)) == {"DALI": "ok"}
-    two = {**one, "nvidia-dali-cuda120": "1.50"}
-    assert levels(libraries.extras, machine(tmp_path, distributions=two)) == {"DALI": "warning"}
+@pytest.mark.parametrize(
+    ("versions", "level", "text", "cure"),
+    [
+        ({}, "note", "not installed", "./launch/setup.sh vision"),
+        ({"cuda130": "2.4.0"}, "ok", "2.4.0", ""),
+        ({"cuda120": "2.0.0"}, "ok", "2.0.0", ""),
+        ({"cuda130": "1.53.0"}, "warning", "DALI 1.53.0 is outside", "setup.sh vision"),
+        ({"cuda130": "2.4.0", "cuda120": "2.4.0"}, "warning", "overwrite", "uninstall all but"),
+    ],
+)
+def test_dali(tmp_path: Path, versions: dict[str, str], level: str, text: str, cure: str) -> None:
+    known = {f"nvidia-dali-{cuda}": version for cuda, version in versions.items()}
+    host = machine(tmp_path, distributions=known)
+    finding = found(images.dali, host)["DALI"]
+    assert finding.level == level and text in finding.message and cure in finding.cure
+    if level != "ok":  # where the recipe is of images, nothing runs without it
+        host.values = {"moa_model": "mae"}
+        assert levels(images.dali, host) == {"DALI": "error"}
+
+
+def test_dali_decodes_here_and_a_broken_one_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = machine(tmp_path, distributions={"nvidia-dali-cuda130": "2.4.0"})
+    host.imports = True
+    finding = found(images.dali, host)["DALI"]
+    assert finding.level == "ok" and "decodes JPEG on the CPU (" in finding.message
+    monkeypatch.setattr(images, "_TOLERANCE", -1)
+    finding = found(images.dali, host)["DALI"]
+    assert finding.level == "warning" and "pixels are off by" in finding.message
+    monkeypatch.setattr(images, "_CODE", "raise ImportError('libcuda.so.1: no version')")
+    finding = found(images.dali, host)["DALI"]
+    assert finding.level == "warning" and "does not import: ImportError: libcuda" in finding.message
+
+
+def test_a_gpu_that_cannot_decode_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"cpu": 1, "mixed": "nvJPEG error (5)"}
+    monkeypatch.setattr(
+        images, "_CODE", f"assert DECODERS[1] == ('mixed', 0); print('{json.dumps(said)}')"
+    )
+    host = machine(tmp_path, answers=gpus(), distributions={"nvidia-dali-cuda130": "2.4.0"})
+    host.imports = True
+    finding = found(images.dali, host)["DALI"]
+    assert finding.level == "warning"
+    assert "decodes no JPEG on the GPU: nvJPEG error (5)" in finding.message
+    assert "driver" in finding.cure
 
 
 def test_compilers(tmp_path: Path) -> None:

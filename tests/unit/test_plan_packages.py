@@ -9,7 +9,14 @@ import pytest
 from packaging.requirements import Requirement
 
 from launch.container import plan_packages
-from launch.container.plan_packages import Image, constrain, exact, read_constraints, read_lock
+from launch.container.plan_packages import (
+    Image,
+    constrain,
+    exact,
+    read_constraints,
+    read_lock,
+    requirements,
+)
 
 LOCKED = {"torch": "2.11.0", "numpy": "2.5.5", "tqdm": "4.70.1", "transformers": "5.23.0"}
 NEEDS = [Requirement(text) for text in ("torch==2.11.*", "transformers>=4.57", "tqdm>=4.66")]
@@ -90,6 +97,47 @@ def test_exact_requirements_carry_the_locks_hashes_and_leave_cuda_out() -> None:
     assert kept_out == ["nvidia-cudnn-cu13 9.19"]
     lines, kept_out = exact(report, image(torch=False), read_lock(LOCK))
     assert len(lines) == 3 and not kept_out
+
+
+DALI = "nvidia-dali-cuda130"
+CODECS = {"nvidia-nvimgcodec-cu13": "0.9.0", "nvidia-nvjpeg": "13.3.2", DALI: "2.4.0"}
+
+
+@pytest.mark.parametrize(
+    ("installed", "planned", "pinned"),
+    [
+        ({}, [DALI, "nvidia-nvimgcodec-cu13"], f"{DALI}==2.4.0"),
+        ({"nvidia-nvimgcodec-cu13": "0.9.1"}, [DALI], f"{DALI}==2.4.0"),
+        ({DALI: "2.1.0"}, [], f"{DALI}==2.1.0"),
+        ({DALI: "1.53.0"}, [], f"{DALI}==1.53.0"),
+        ({"nvidia-dali-cuda120": "1.50.0"}, [], "nvidia-dali-cuda120==1.50.0"),
+    ],
+)
+def test_dali_comes_with_its_codecs_unless_the_image_has_one(
+    installed: dict[str, str], planned: list[str], pinned: str
+) -> None:
+    constraint = {DALI: f"{DALI}==1.53.0"} if planned else {}
+    found = image(installed=installed, **constraint)
+    need = Requirement(f"{DALI}>=2.0,<3")
+    assert found.alone_brings(need.name) == (DALI not in planned), "then it is not asked for"
+    lines, said = constrain(found, [need], {DALI: "2.4.0"}, {DALI})
+    assert pinned in lines
+    given_up = f"the image's constraint {DALI}==1.53.0 is given up"
+    assert any(text.startswith(given_up) for text in said) == (DALI in planned)
+    too_old = f"{DALI}==1.53.0 stays; the project is tested with <3,>=2.0"
+    assert (too_old in said) == (pinned == f"{DALI}==1.53.0")
+    report = {"install": [item(name, version, "aa") for name, version in CODECS.items()]}
+    chosen = {line.split("==")[0] for line in exact(report, found, read_lock(LOCK))[0]}
+    assert chosen == set(planned)
+
+
+def test_extras_are_pyproject_tomls() -> None:
+    project = {"dependencies": ["tqdm"], "optional-dependencies": {"vision": [DALI], "fast": []}}
+    for extras in ([], ["none"], ["fast"]):
+        assert [need.name for need in requirements(project, extras)] == ["tqdm"]
+    assert [need.name for need in requirements(project, ["vision"])] == ["tqdm", DALI]
+    with pytest.raises(ValueError, match="EXTRAS=visoin: .* use vision, fast, none"):
+        requirements(project, ["visoin"])
 
 
 def test_files_that_the_lock_does_not_know_are_refused() -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from moa_megatron import outline, submission
+from launch import submit
+from moa_megatron import outline, packages, submission
 from moa_megatron.submission import Job, seconds
 from moa_megatron.sweeps import make_points as sweep_points
 
@@ -204,6 +205,21 @@ def test_outline_reads_flags_as_megatron_would() -> None:
 )
 def test_device_connections(flags: list[str], expected: int | None) -> None:
     assert outline.device_connections(outline.outline("tiny-moe", flags)) == expected
+
+
+def test_only_a_container_may_bring_what_recipes_of_images_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        f"#!/bin/sh\necho 'refused: {packages.VISION_NEEDED} (x): cure' >&2; exit 78\n"
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(submit, "_ENVIRONMENT", python)
+    (problem,) = submit.megatron_problems(job(tmp_path))
+    assert problem == f"{packages.VISION_NEEDED} (x): cure"
+    assert not submit.megatron_problems(job(tmp_path, container="moa.sqsh"))
+    assert "note: the extra vision is not here" in capsys.readouterr().out
 
 
 def test_a_login_node_needs_neither_torch_nor_megatron() -> None:

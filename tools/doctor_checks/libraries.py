@@ -112,20 +112,14 @@ def apex(host: Host) -> Iterator[Finding]:
         yield Finding("ok", "apex", "not installed, and not needed", value="none")
 
 
-def extras(host: Host) -> Iterator[Finding]:
-    """flash-attn, which breaks when torch changes; DALI, by what its distributions are called."""
+def flash_attention(host: Host) -> Iterator[Finding]:
+    """flash-attn breaks when torch changes."""
     found = names(host)
     flash = next((n for n in found if n.startswith("flash-attn")), None)
     if flash is not None and host.imports and gpu.devices(host):
         yield _imports("flash-attn", "flash_attn", found[flash], "warning")
     elif flash is not None:
         yield Finding("ok", "flash-attn", f"{found[flash]} (not imported)", value=found[flash])
-    dali = sorted(n for n in found if n.startswith("nvidia-dali-"))
-    if len(dali) > 1:
-        text = f"{', '.join(dali)}: they overwrite each other"
-        yield Finding("warning", "DALI", text, "pip uninstall all but that of this CUDA")
-    elif dali:
-        yield Finding("ok", "DALI", f"{dali[0]} {found[dali[0]]}", value=found[dali[0]])
 
 
 def megatron(host: Host) -> Iterator[Finding]:
@@ -207,4 +201,4 @@ def _folder(module: str) -> str | None:
     return None if spec is None else next(iter(spec.submodule_search_locations or []), None)
 
 
-CHECKS = (copies, transformer_engine, apex, extras, megatron, compilers)
+CHECKS = (copies, transformer_engine, apex, flash_attention, megatron, compilers)
