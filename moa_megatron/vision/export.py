@@ -95,6 +95,8 @@ def shape_from_args(args: argparse.Namespace) -> MAEShape:
         decoder_ffn=args.mae_decoder_ffn,
         eps=args.layernorm_epsilon,
         bias=args.add_bias_linear,
+        pixel_mean=args.mae_pixel_mean,
+        pixel_std=args.mae_pixel_std,
     )
 
 

@@ -45,7 +45,11 @@ def encoder_features(
     with torch.inference_mode():
         bar = None if description else True  # shown on a terminal only
         for part in tqdm(pixels.split(64), desc=description, unit="batch", disable=bar):
-            found.append(encoder.features(normalised(part.to(device)), pooling).float().cpu())
+            found.append(
+                encoder.features(normalised(part.to(device), encoder.shape.scaling), pooling)
+                .float()
+                .cpu()
+            )
     return torch.cat(found).numpy()
 
 

@@ -20,13 +20,17 @@ from moa_megatron.config import MoAConfig
 from moa_megatron.reference import mixture_reference
 from moa_megatron.vision.patches import normalised_targets, patchify
 from moa_megatron.vision.positions import sincos_positions
+from moa_megatron.vision.scaling import IMAGENET, Scaling
 
 Pooling = Literal["mean", "class"]
 
 
 @dataclass(frozen=True)
 class MAEShape:
-    """Sizes of encoder and decoder. ``bias`` is of the linear layers inside the blocks.
+    """Sizes of encoder and decoder, and how their images are normalised.
+
+    ``bias`` is of the linear layers inside the blocks; ``pixel_mean`` and ``pixel_std`` are of
+    ``scaling.Scaling``.
 
     Raises:
         ValueError: with every violation, each naming the field, its value and the fix.
@@ -45,9 +49,12 @@ class MAEShape:
     channels: int = 3
     eps: float = 1e-6
     bias: bool = True
+    pixel_mean: tuple[float, float, float] = IMAGENET.mean
+    pixel_std: tuple[float, float, float] = IMAGENET.std
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "image", tuple(self.image))
+        for name in ("image", "pixel_mean", "pixel_std"):  # JSON has lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         problems = [
             f"image={self.image}: {size} does not divide by patch={self.patch}; choose a multiple"
             for size in self.image
@@ -61,6 +68,11 @@ class MAEShape:
                 problems.append(f"{prefix}width={width}: position embeddings need a multiple of 4")
         if problems:
             raise ValueError("MAE settings: " + "; ".join(problems))
+
+    @property
+    def scaling(self) -> Scaling:
+        """Of the pixels."""
+        return Scaling(self.pixel_mean, self.pixel_std)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -118,7 +118,7 @@ def derive(args: argparse.Namespace, moa: MoAConfig) -> None:
     if args.mae_decoder_ffn is None:
         gated = args.swiglu or moa.gated
         args.mae_decoder_ffn = int(8 * decoder / 3) if gated else 4 * decoder
-        args.mae_decoder_ffn = -(-args.mae_decoder_ffn // args.moa_align) * args.moa_align
+    args.mae_decoder_ffn = -(-args.mae_decoder_ffn // args.moa_align) * args.moa_align
     if args.patch_dim > 0:
         # One class token besides the patches: what Megatron's logs count as a sequence.
         args.seq_length = (args.img_h // args.patch_dim) * (args.img_w // args.patch_dim) + 1
