@@ -45,11 +45,8 @@ def encoder_features(
     with torch.inference_mode():
         bar = None if description else True  # shown on a terminal only
         for part in tqdm(pixels.split(64), desc=description, unit="batch", disable=bar):
-            found.append(
-                encoder.features(normalised(part.to(device), encoder.shape.scaling), pooling)
-                .float()
-                .cpu()
-            )
+            images = normalised(part.to(device), encoder.shape.scaling)
+            found.append(encoder.features(images, pooling).float().cpu())
     return torch.cat(found).numpy()
 
 

@@ -9,13 +9,14 @@ import torch
 from PIL import Image
 
 from moa_megatron.vision.patches import normalised_targets, patchify
-from moa_megatron.vision.pictures import MEAN, STD, reconstruction_grid, write_picture
+from moa_megatron.vision.pictures import reconstruction_grid, write_picture
+from moa_megatron.vision.scaling import IMAGENET
 
 PATCH, H, W, GAP = 2, 4, 6, 3
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET.mean, IMAGENET.std))
     return (pixels / 255 - mean) / std
 
 

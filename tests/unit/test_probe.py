@@ -14,7 +14,7 @@ from PIL import Image
 from moa_megatron.config import MoAConfig
 from moa_megatron.recipes import RefusedError
 from moa_megatron.vision.labelled import normalised, read_labelled
-from moa_megatron.vision.pictures import MEAN, STD
+from moa_megatron.vision.scaling import IMAGENET
 from tests.helpers.mae_checkpoint import namespace, write_run
 from tests.helpers.plain_mae import SHAPE, megatron_state
 from tools import probe
@@ -116,7 +116,7 @@ def test_images_are_cropped_at_the_centre_and_normalised(tmp_path: Path) -> None
     assert wider[1, 1] == 255 and max(wider[0, 1], wider[1, 0], wider[2, 1], wider[1, 2]) < 255
     whole = read_labelled([tmp_path], (5, 10)).pixels[0, 0]
     assert whole[0, 0] == 0 and whole[2, 5] == 255  # the crop has the shape of the target
-    expected = [(v / 255 - m) / s for v, m, s in zip((255, 0, 51), MEAN, STD)]
+    expected = [(v / 255 - m) / s for v, m, s in zip((255, 0, 51), IMAGENET.mean, IMAGENET.std)]
     torch.testing.assert_close(normalised(found.pixels)[0, :, 1, 1], torch.tensor(expected))
 
 
