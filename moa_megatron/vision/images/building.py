@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import uuid
 import zipfile
@@ -193,7 +194,8 @@ def _judge(found: ImageIndex, bad_list: Path, max_bad_fraction: float) -> None:
         return
     cures = ["remove or repair them"]
     if len(found):
-        cures.append(f"allow more with --moa-max-bad-images {len(found.bad) / total:.2g}")
+        fraction = math.ceil(1000 * len(found.bad) / total) / 1000
+        cures.append(f"allow more with --moa-max-bad-images {fraction:g}")
     if reasons[checking.GREY] > len(found.bad) / 2:
         cures.append("take grey ones as they are with --moa-grey-images")
     raise RefusedError(

@@ -24,9 +24,15 @@ VERSION = 1  # of these rules: remembered verdicts of another version are not us
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")  # MPO: a camera's JPEG with more images behind it
 MAX_PIXELS = 89_478_485  # a quarter of a gigabyte as RGB, where Pillow begins to warn of bombs
 _MODES = {
-    "L": "grey", "CMYK": "CMYK", "YCCK": "CMYK", "P": "palette", "PA": "palette", "LA": "alpha",
-    "RGBA": "alpha", "RGBX": "alpha",
-}  # fmt: skip
+    "L": "grey",
+    "CMYK": "CMYK",
+    "P": "palette",
+    "PA": "palette",
+    "LA": "alpha channel",
+    "RGBA": "alpha channel",
+    "1": "one bit a pixel",
+    "I;16": "16 bits a channel",
+}
 GREY = _MODES["L"]
 _BATCH = 16
 _BATCH_PIXELS = 1 << 24  # decoded together: 50 MB
@@ -84,7 +90,7 @@ def _header(encoded: NDArray[np.uint8] | None, grey: bool) -> int | str:
     except Exception as error:  # Pillow's plug-ins raise what they meet in damaged headers
         return f"damaged: {error}"
     if kind not in FORMATS:
-        return f"{kind}, whatever its name says"
+        return f"a {kind} file under another name"
     if pixels > MAX_PIXELS:
         return f"over {MAX_PIXELS:,} pixels"
     if mode != "RGB" and not (grey and mode == "L"):

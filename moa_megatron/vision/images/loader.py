@@ -207,14 +207,16 @@ class ImageLoader:
 
     def _encoded(self, plan: _Plan) -> Encoded:
         """Waits for the bytes, and chooses the windows."""
-        data, problems = [], {}
+        data, failures = [], {}
         for row, read in zip(plan.ids, plan.reads):
             try:
                 data.append(read.result())
             except OSError as error:
-                problems[self.index.path(row)] = error.strerror or str(error)
-        if problems:
-            raise self._changed(problems)
+                failures[self.index.path(row)] = error
+        if failures:
+            problems = {path: e.strerror or str(e) for path, e in failures.items()}
+            # The cause's number tells a run whether it is the storage that failed.
+            raise self._changed(problems) from next(iter(failures.values()))
         heights, widths = self.index.height[plan.ids], self.index.width[plan.ids]
         if self.augment is None:
             ratio = self.size[1] / self.size[0]

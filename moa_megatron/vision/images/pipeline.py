@@ -63,6 +63,7 @@ class Pipeline:
         self._size, self._device = size, torch.device(device)
         self._cuda = self._device.type == "cuda"
         self._dali = _dali_pipeline(source, size, batch, threads, self._device, scaling)
+        self._workers = threads
         self._threads = ThreadPoolExecutor(threads, "resize")
         scale = 1 / (255 * np.array(scaling.std))
         self._scale = scale.astype(np.float32)[:, None, None]
@@ -87,15 +88,16 @@ class Pipeline:
         mirror = np.asarray(mirrored.as_tensor())
         batch = np.empty((len(mirror), 3, *self._size), dtype=np.float32)
 
-        def finish(row: int) -> None:
-            image = torch.from_numpy(np.asarray(images[row])).permute(2, 0, 1)[None]
-            image = functional.interpolate(image, self._size, mode="bilinear", antialias=True)
-            pixels = image[0].numpy()
-            # By numpy: torch would start a team of threads for each of these.
-            np.multiply(pixels[..., ::-1] if mirror[row] else pixels, self._scale, out=batch[row])
-            np.subtract(batch[row], self._shift, out=batch[row])
+        def finish(first: int) -> None:
+            for row in range(first, len(mirror), self._workers):
+                image = torch.from_numpy(np.asarray(images[row])).permute(2, 0, 1)[None]
+                image = functional.interpolate(image, self._size, mode="bilinear", antialias=True)
+                pixels, out = image[0].numpy(), batch[row]
+                # By numpy: torch would start a team of threads for each of these.
+                np.multiply(pixels[..., ::-1] if mirror[row] else pixels, self._scale, out=out)
+                np.subtract(out, self._shift, out=out)
 
-        for _ in self._threads.map(finish, range(len(mirror))):
+        for _ in self._threads.map(finish, range(self._workers)):
             pass
         return torch.from_numpy(batch)
 
