@@ -69,10 +69,7 @@ def assert_same(one: Batch, other: Batch) -> None:
 
 def pixels(batch: torch.Tensor) -> NDArray[np.float32]:
     """[b, h, w, 3] in 0 to 255."""
-    shape = (3, 1, 1)
-    values = batch * torch.tensor(IMAGENET.std).view(shape) + torch.tensor(IMAGENET.mean).view(
-        shape
-    )
+    values = IMAGENET.undo(batch)
     return np.asarray(255 * values.permute(0, 2, 3, 1).numpy())
 
 
