@@ -114,13 +114,13 @@ def _indices(args: argparse.Namespace, build: bool = True) -> dict[str, Any]:
         paths, grey = [Path(name) for name in inputs], args.moa_grey_images
         if build:
             share = args.moa_max_bad_images
-            building.build(paths, cache, grey=grey, max_bad_fraction=share)
-        file = building.find(paths, cache, grey)
-        if file is None:
+            found = building.build(paths, cache, grey=grey, max_bad_fraction=share)
+        elif (file := building.find(paths, cache, grey)) is not None:
+            found = index.load(file)
+        else:
             words.append(f"{split} {', '.join(inputs)}, not checked yet")
             continue
-        found = index.load(file)
-        record["index"][split], record["digests"][split] = str(file), found.digest
+        record["index"][split], record["digests"][split] = str(found.file), found.digest
         if split == "train":
             record["count"] = len(found)
         words.append(f"{split} {found.describe()}")

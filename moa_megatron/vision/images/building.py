@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -59,9 +60,9 @@ def build(
     if found is None:
         found = _built(sources, grey, workers or len(os.sched_getaffinity(0)), progress)
         index.save(found, path)
+        found = dataclasses.replace(found, file=path)
     if found.bad:
         _judge(found, _list_bad(found, path.with_suffix(".bad.txt")), max_bad_fraction)
-    logger.info("%s", found.describe())
     return found
 
 

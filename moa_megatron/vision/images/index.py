@@ -62,6 +62,8 @@ class ImageIndex:
         class_names: by label; empty where classes are numbers.
         bad: path and reason of what was left out.
         ignored: other files, counted by suffix.
+        digest: 12 hex digits over names, sizes and labels, not over where the images lie.
+        file: where the index is kept.
     """
 
     containers: tuple[str, ...]
@@ -77,6 +79,7 @@ class ImageIndex:
     bad: tuple[tuple[str, str], ...]
     ignored: Counter[str]
     digest: str
+    file: Path | None = None
 
     def __len__(self) -> int:
         return len(self.size)
@@ -157,4 +160,5 @@ def load(path: Path) -> ImageIndex:
             bad=tuple((name, reason) for name, reason in told["bad"]),
             ignored=Counter(told["ignored"]),
             digest=told["digest"],
+            file=path,
         )
