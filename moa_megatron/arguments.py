@@ -6,16 +6,15 @@ Needs Megatron (and host mode, where there is no CUDA) to be importable already.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron.training.arguments import parse_args
 
 from moa_megatron import checkpoints, derive, recipes
 from moa_megatron.config import MoAConfig, add_moa_arguments, moa_config_from_args, nearest
+from moa_megatron.data.once import default_cache
 from moa_megatron.recipes import CommandLine, RefusedError
 from moa_megatron.vision.settings import add_vision_arguments
 from moa_megatron.vision.settings import derive as derive_vision
@@ -107,16 +106,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--moa-cache-dir",
-        default=str(_caches() / "moa_megatron"),
+        default=str(default_cache()),
         help="prepared corpora and their indices (default: under XDG_CACHE_HOME or ~/.cache)",
     )
     add_vision_arguments(parser)
     return parser
-
-
-def _caches() -> Path:
-    """Beside the kernels' own: one variable moves all that is kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def parse(command: CommandLine, extra_flags: list[str]) -> Parsed:

@@ -19,6 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from moa_megatron.data.once import default_cache  # noqa: E402
 from moa_megatron.recipes import Parser, RefusedError  # noqa: E402
 from moa_megatron.runstate import FAILED, REFUSED, STORAGE  # noqa: E402
 from moa_megatron.vision.images.building import bad_by_reason, build  # noqa: E402
@@ -26,7 +27,7 @@ from moa_megatron.vision.images.index import ImageIndex  # noqa: E402
 
 EXAMPLES = """examples:
   tools/index_images.py data/imagenet/train --workers 16
-  tools/index_images.py shards/train-*.tar --cache-dir data/index --moa-grey-images
+  tools/index_images.py shards/train-*.tar --moa-cache-dir /scratch/cache --moa-grey-images
   tools/index_images.py data/photographs --moa-max-bad-images 0.05
 
 docs/images.md says what is checked.
@@ -39,8 +40,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("inputs", nargs="+", type=Path, metavar="INPUT", help="folder, .tar or TFRecord file")
-    add("--cache-dir", type=Path, default=Path("data/index"), metavar="DIR",
-        help="where the index is kept (default: data/index)")  # fmt: skip
+    add("--moa-cache-dir", type=Path, default=default_cache(), metavar="DIR",
+        help=f"where runs look for the index (default: {default_cache()})")  # fmt: skip
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
         help="processes (default: the cores this process may use)")  # fmt: skip
     add("--moa-grey-images", action="store_true", help="take grey images, too, as RGB")
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         checked(args)
         found = build(
             args.inputs,
-            args.cache_dir,
+            args.moa_cache_dir / "images",
             grey=args.moa_grey_images,
             max_bad_fraction=args.moa_max_bad_images,
             workers=args.workers,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import shutil
 import uuid
 from collections.abc import Callable
@@ -11,6 +12,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
+
+
+def default_cache() -> Path:
+    """Beside the kernels' own: one variable moves all that is kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moa_megatron"
 
 
 def prepare_once(

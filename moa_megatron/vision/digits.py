@@ -10,7 +10,7 @@ from moa_megatron.data.once import prepare_once
 from moa_megatron.recipes import RefusedError
 
 # Part of the folder's name: raise it when the same digits would give other files.
-_FORMAT = 1
+_FORMAT = 2
 _SIDE = 28
 _VALID_EVERY = 5
 _RECORD = "digits.json"
@@ -18,7 +18,7 @@ _RECORD = "digits.json"
 
 @dataclass(frozen=True)
 class DigitImages:
-    """Two folders of RGB JPEG files, a folder 0 to 9 for each class in both."""
+    """Two folders of RGB PNG files, a folder 0 to 9 for each class in both."""
 
     train: Path
     valid: Path
@@ -61,10 +61,12 @@ def _prepare(folder: Path) -> None:
     for index, (row, label) in enumerate(zip(pixels.astype("uint8"), labels.tolist())):
         seen[label] += 1
         part = "train" if seen[label] % _VALID_EVERY else "valid"
-        path = folder / part / str(label) / f"{index:04d}.jpg"
+        path = folder / part / str(label) / f"{index:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         image = Image.fromarray(row.reshape(_SIDE, _SIDE)).convert("RGB")
-        image.save(path, quality=95, subsampling=0)
+        # Without loss: the noise of JPEG would be all that flat patches hold, and MAE predicts
+        # patches with their own variance.
+        image.save(path)
     files, size = _census(folder)
     record = {
         "files": files,
@@ -85,5 +87,5 @@ def _is_complete(folder: Path) -> bool:
 
 def _census(folder: Path) -> tuple[int, int]:
     """Number and total size of the images."""
-    sizes = [path.stat().st_size for path in folder.glob("*/*/*.jpg")]
+    sizes = [path.stat().st_size for path in folder.glob("*/*/*.png")]
     return len(sizes), sum(sizes)

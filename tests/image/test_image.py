@@ -93,7 +93,7 @@ def test_a_mounted_checkout_wins_and_caches_go_where_they_are_sent(
     script = (
         "from moa_megatron import host; host.install();"
         "from moa_megatron import arguments, patches; print('code', arguments.__file__);"
-        "print('fixes', patches.__file__); print('cache', arguments._caches())"
+        "print('fixes', patches.__file__); print('cache', arguments.default_cache())"
     )
     # the working folder is the image's own copy, as where a launcher is called by its full path
     launch = ["bash", "-c", '. /srv/launch/env.sh && exec python -c "$0"', script]

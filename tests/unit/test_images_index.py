@@ -161,7 +161,7 @@ def test_processes_find_the_same(tmp_path: Path) -> None:
 def test_two_commands_at_once_do_no_harm(tmp_path: Path) -> None:
     source = images.write_tree(tmp_path / "data", images.good(30) | {"0/zero.jpg": b""})
     words = [sys.executable, str(ROOT / "tools" / "index_images.py"), str(source)]
-    words += ["--cache-dir", str(tmp_path / "cache"), "--workers", "1"]
+    words += ["--moa-cache-dir", str(tmp_path / "cache"), "--workers", "1"]
     words += ["--moa-max-bad-images", "0.1"]
     both = [
         subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -172,7 +172,7 @@ def test_two_commands_at_once_do_no_harm(tmp_path: Path) -> None:
         assert process.returncode == 0, err
         assert "30 images, 3 classes" in out and "bad: 1 zero bytes" in out
         assert "short side: 48" in out
-    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".npz", ".txt"]
+    assert sorted(path.suffix for path in (tmp_path / "cache" / "images").iterdir()) == [".npz", ".txt"]
 
 
 def test_command_refuses_with_78(tmp_path: Path) -> None:
