@@ -25,7 +25,13 @@ def test_the_base_keeps_its_own_and_gets_what_it_lacks(tool: Engine, built: Resu
             assert (after / file).read_bytes() == (before / file).read_bytes(), name
         site = after / standin.SITE
         installed = {path.name.split(".dist-info")[0] for path in site.glob("*.dist-info")}
-        assert not [name for name in installed if re.match("nvidia|cuda|pytorch", name)]
+        brought = {
+            name.split("-")[0] for name in installed if re.match("nvidia|cuda|pytorch", name)
+        }
+        codecs = {
+            f"nvidia_{name}_cu13" for name in ("nvimgcodec", "nvtiff", "nvjpeg2k", "libnvcomp")
+        }
+        assert brought == {"nvidia_dali_cuda130", *codecs}, "DALI, and nothing of CUDA's toolkit"
         assert f"torch-{standin.TORCH}" in installed
         # the image's constraint holds, unless our requirements forbid it
         assert {"tqdm-4.67.1", "megatron_core-0.19.2"} <= installed
@@ -78,6 +84,13 @@ def test_training_in_a_read_only_image_as_a_user_without_name_or_home(
     assert "reference" not in result.output, "the kernels are built under /tmp"
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert status["state"] == "finished" and status["checkpoint"].startswith("/mnt/run/")
+
+
+@pytest.mark.usefixtures("built")
+def test_images_are_decoded_in_a_read_only_image(tool: Engine, lent: Volume) -> None:
+    script = "from tools.doctor_checks import host, images; print(*images.dali(host.Host()))"
+    result = tool.run(IMAGE, ["python", "-c", script], "12345:12345", [lent])
+    assert result.code == 0 and "decodes JPEG on the CPU" in result.output
 
 
 @pytest.mark.usefixtures("built")
