@@ -25,6 +25,7 @@ from moa_megatron.config import MoAConfig, moa_config_from_args
 from moa_megatron.recipes import RefusedError
 from moa_megatron.vision.conversion import from_megatron
 from moa_megatron.vision.reference import MAE, Encoder, MAEShape
+from moa_megatron.vision.scaling import Scaling, scaling_from_args
 
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 _STACKED = re.compile(r"(encoder|decoder)\.layers\.(?!\d)")
@@ -32,11 +33,12 @@ _STACKED = re.compile(r"(encoder|decoder)\.layers\.(?!\d)")
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model as a run has saved it; ``args`` are Megatron's of that run."""
+    """A model as a run has saved it; ``args`` are Megatron's, ``scaling`` normalises its images."""
 
     model: MAE
     args: argparse.Namespace
     step: int
+    scaling: Scaling
 
 
 def read_run(run: Path, step: int | None = None) -> Pretrained:
@@ -61,7 +63,7 @@ def read_run(run: Path, step: int | None = None) -> Pretrained:
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     except (ValueError, RuntimeError) as error:  # RuntimeError: missing names, other shapes
         raise RefusedError(f"{checkpoint} cannot be read as a plain model: {error}") from error
-    return Pretrained(model.eval(), args, step)
+    return Pretrained(model.eval(), args, step, scaling_from_args(args))
 
 
 def shape_from_args(args: argparse.Namespace) -> MAEShape:
@@ -99,7 +101,7 @@ def shape_from_args(args: argparse.Namespace) -> MAEShape:
 
 
 def export_encoder(pretrained: Pretrained, path: Path) -> None:
-    """Writes the encoder, atomically; sizes, MoA settings and step are in the file's metadata.
+    """Writes the encoder, atomically; its metadata tells sizes, MoA settings, scaling and step.
 
     Raises:
         OSError: the file cannot be written.
@@ -112,6 +114,7 @@ def export_encoder(pretrained: Pretrained, path: Path) -> None:
         "format": "pt",
         "shape": json.dumps(dataclasses.asdict(encoder.shape)),
         "moa": encoder.moa.encoded,
+        "scaling": json.dumps(dataclasses.asdict(pretrained.scaling)),
         "step": str(pretrained.step),
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -122,8 +125,8 @@ def export_encoder(pretrained: Pretrained, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_encoder(path: Path) -> tuple[Encoder, MAEShape]:
-    """The encoder of ``export_encoder``, ready for ``features``, and its sizes.
+def load_encoder(path: Path) -> tuple[Encoder, MAEShape, Scaling]:
+    """The encoder of ``export_encoder``, ready for ``features``, its sizes, and what normalises.
 
     Raises:
         ValueError: a file that is no such export.
@@ -137,9 +140,10 @@ def load_encoder(path: Path) -> tuple[Encoder, MAEShape]:
         shape = MAEShape(**json.loads(metadata["shape"]))
         encoder = Encoder(shape, MoAConfig.decode(metadata["moa"]))
         encoder.load_state_dict(state, assign=True)
+        scaling = Scaling(**{k: tuple(v) for k, v in json.loads(metadata["scaling"]).items()})
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is no encoder exported by export_encoder: {error}") from error
-    return encoder.eval(), shape
+    return encoder.eval(), shape, scaling
 
 
 def _choose(folder: Path, step: int | None) -> int:

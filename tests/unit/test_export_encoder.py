@@ -15,6 +15,7 @@ from moa_megatron.config import MoAConfig
 from moa_megatron.vision.conversion import from_megatron
 from moa_megatron.vision.export import load_encoder, read_run
 from moa_megatron.vision.reference import MAE
+from moa_megatron.vision.scaling import Scaling
 from tests.helpers.mae_checkpoint import namespace, write_run
 from tests.helpers.plain_mae import SHAPE, VARIANTS, megatron_state
 from tools import export_encoder
@@ -38,7 +39,8 @@ def test_round_trip(tmp_path: Path, moa: MoAConfig, capsys: pytest.CaptureFixtur
     run = write_run(tmp_path / "run", state, namespace(SHAPE, moa))
     assert export_encoder.main([str(run)]) == 0
     assert "encoder of step 7" in capsys.readouterr().out
-    encoder, shape = load_encoder(run / "encoder.safetensors")
+    encoder, shape, scaling = load_encoder(run / "encoder.safetensors")
+    assert scaling == Scaling((0.5, 0.4, 0.3), (0.25, 0.5, 0.75))
     assert shape == SHAPE and encoder.moa == moa and not encoder.training
     mae = MAE(SHAPE, moa)
     mae.load_state_dict(from_megatron(state, SHAPE))
