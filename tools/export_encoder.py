@@ -7,8 +7,8 @@
 In Python, with plain PyTorch:
 
     from moa_megatron.vision.export import load_encoder
-    encoder, shape, scaling = load_encoder(Path("encoder.safetensors"))
-    features = encoder.features(scaling.apply(images))  # [b, 3, h, w] in [0, 1] -> [b, width]
+    encoder, shape = load_encoder(Path("encoder.safetensors"))
+    features = encoder.features(shape.scaling.apply(images))  # [b, 3, h, w] in [0, 1] -> [b, width]
 """
 
 from __future__ import annotations

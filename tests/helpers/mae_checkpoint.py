@@ -65,6 +65,7 @@ def namespace(shape: MAEShape, moa: MoAConfig, **others: Any) -> argparse.Namesp
         mae_decoder_heads=shape.decoder_heads, mae_decoder_ffn=shape.decoder_ffn,
         layernorm_epsilon=shape.eps, add_bias_linear=shape.bias, normalization="LayerNorm",
         layernorm_zero_centered_gamma=False, init_method_std=0.02, mae_eval_crop=1.0,
+        mae_pixel_mean=list(shape.pixel_mean), mae_pixel_std=list(shape.pixel_std),
         moa_grey_images=False, moa_max_bad_images=0.1,
         swiglu=moa.mixing == "fixed" or moa.gated, **others,
     )  # fmt: skip
