@@ -87,10 +87,14 @@ def test_training_in_a_read_only_image_as_a_user_without_name_or_home(
 
 
 @pytest.mark.usefixtures("built")
-def test_images_are_decoded_in_a_read_only_image(tool: Engine, lent: Volume) -> None:
-    script = "from tools.doctor_checks import host, images; print(*images.dali(host.Host()))"
-    result = tool.run(IMAGE, ["python", "-c", script], "12345:12345", [lent])
-    assert result.code == 0 and "decodes JPEG on the CPU" in result.output
+def test_a_masked_autoencoder_trains_with_the_dali_that_was_added(
+    tool: Engine, lent: Volume
+) -> None:
+    short = ["--train-iters", "2", "--eval-interval", "2", "--eval-iters", "1"]
+    command = ["./launch/local.sh", "tiny-mae", *short, "--run-dir", "/tmp/run"]
+    result = tool.run(IMAGE, command, "12345:12345", [lent], OMP_NUM_THREADS="1")
+    assert result.code == 0 and "finished at step 2 of 2" in result.output
+    assert "4,000 images" in result.output
 
 
 @pytest.mark.usefixtures("built")
