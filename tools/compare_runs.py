@@ -50,6 +50,7 @@ class Result:
     seed: int
     loss: float
     folder: Path
+    unit: str = telemetry.NATS
 
 
 def main() -> int:
@@ -76,12 +77,13 @@ def main() -> int:
         return REFUSED
     options.out.mkdir(parents=True, exist_ok=True)
     table = summarize(results)
-    text = markdown(table)
+    unit = results[0].unit
+    text = markdown(table, unit)
     print(text)
     (options.out / "table.md").write_text(text + "\n", encoding="utf-8")
     picture = options.out / "curves.png"
     title = f"{options.train or 'runs'}: validation loss, mean of {table[0]['seeds']} seed(s)"
-    telemetry.draw_losses(mean_curves(results), title, picture, tag=telemetry.VALID_LOSS)
+    telemetry.draw_losses(mean_curves(results), title, picture, telemetry.VALID_LOSS, unit)
     print(f"\ntable {options.out / 'table.md'}\npicture {picture}")
     print(json.dumps({"results": table}))
     return 0
@@ -119,7 +121,8 @@ def _read(folder: Path, variant: str | None = None, seed: int = 0) -> Result:
     status = read_status(folder)
     if status is None or status.get("validation_loss") is None:
         raise ValueError(f"{folder} holds no finished run with a validation loss (status.json)")
-    return Result(variant or folder.name, seed, float(status["validation_loss"]), folder)
+    unit = str(status.get("loss_unit") or telemetry.NATS)
+    return Result(variant or folder.name, seed, float(status["validation_loss"]), folder, unit)
 
 
 def summarize(results: list[Result]) -> list[dict[str, Any]]:
@@ -146,9 +149,10 @@ def summarize(results: list[Result]) -> list[dict[str, Any]]:
     return rows
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
+def markdown(rows: list[dict[str, Any]], unit: str = telemetry.NATS) -> str:
     """The table for people."""
-    header = ("variant", "seeds", "validation loss (nats)", "against the first", "standard error")
+    loss = f"validation loss ({unit})"
+    header = ("variant", "seeds", loss, "against the first", "standard error")
     cells = [
         (
             row["variant"],
