@@ -3,6 +3,8 @@
 import io
 import math
 import random
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,14 @@ from moa_megatron.vision.images.augment import (
     flips,
 )
 from moa_megatron.vision.images.building import build
-from moa_megatron.vision.images.index import ImageIndex
+from moa_megatron.vision.images.index import ImageIndex, save
 from moa_megatron.vision.images.loader import Batch, ImageLoader, ImagesChangedError
 from moa_megatron.vision.images.order import image_ids
 from moa_megatron.vision.images.pipeline import Encoded, Pipeline
 from moa_megatron.vision.scaling import IMAGENET
 from tests.helpers import images
 
+ROOT = Path(__file__).parents[2]
 COUNT = 11
 # Of a value in 0 to 255: both resizers keep 8 bits between their two passes, and round differently.
 TOLERANCE = 1.001
@@ -137,6 +140,21 @@ def test_nothing_happens_before_the_first_batch(index: ImageIndex) -> None:
     loader(index).close()
 
 
+def test_a_loader_that_is_not_closed_ends_quietly(index: ImageIndex, tmp_path: Path) -> None:
+    save(index, tmp_path / "index.npz")
+    script = """
+import sys
+from pathlib import Path
+from moa_megatron.vision.images.index import load
+from tests.unit.test_images_loader import loader
+stream = loader(load(Path(sys.argv[1])))
+next(stream)
+"""
+    words = [sys.executable, "-c", script, str(tmp_path / "index.npz")]
+    run = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
 def scalar_window(
     generator: random.Random, height: int, width: int, augment: Augmentation
 ) -> tuple[int, int, int, int]:
@@ -153,18 +171,21 @@ def scalar_window(
     return (height - tall) // 2, (width - wide) // 2, tall, wide
 
 
+def statistics(windows: NDArray[np.integer[Any]]) -> list[NDArray[Any]]:
+    tall, wide = windows[:, 2], windows[:, 3]
+    return [*windows.T, tall * wide, wide / tall]
+
+
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (300, 90), (7, 5)])
 def test_windows_follow_the_rule(height: int, width: int) -> None:
-    number, augment = 4000, Augmentation()
+    number, augment = 12_000, Augmentation()
     sides = np.full(number, height), np.full(number, width)
     found = crop_windows(1, np.arange(number), *sides, augment.scale, augment.ratio)
     assert found.dtype == np.int32 and (found >= [0, 0, 1, 1]).all()
     assert (found[:, :2] + found[:, 2:] <= [height, width]).all()
     generator = random.Random(0)
     expected = np.array([scalar_window(generator, height, width, augment) for _ in range(number)])
-    for one, other in zip(
-        (*found.T, found[:, 2] * found[:, 3]), (*expected.T, expected[:, 2] * expected[:, 3])
-    ):
+    for one, other in zip(statistics(found), statistics(expected)):
         # Two-sample Kolmogorov-Smirnov; the bound is passed by chance once in 10^5.
         grid = np.union1d(one, other)
         gap = np.searchsorted(np.sort(one), grid, "right") - np.searchsorted(
@@ -229,6 +250,27 @@ def test_pixels_equal_pillows(kind: str, size: tuple[int, int]) -> None:
     assert (worst <= TOLERANCE).all(), worst
     # Nearly all are equal: of a slightly wrong window no pixel would be.
     assert (np.abs(got - np.array(expected)) < 0.01).mean() > 0.8
+
+
+@pytest.mark.parametrize("augment", [Augmentation(), Augmentation((0.5, 0.6), (1, 2), 1.0), None])
+def test_batches_hold_what_order_and_windows_say(
+    index: ImageIndex, augment: Augmentation | None
+) -> None:
+    batch = joined(taken(index, 6, start=5, augment=augment, crop_fraction=0.8))
+    samples = np.arange(5, 29)
+    ids = image_ids(5, samples, COUNT)
+    assert batch["ids"].tolist() == ids.tolist()
+    sides = index.height[ids], index.width[ids]
+    windows, mirrored = centre_windows(*sides, 1.0, 0.8), np.zeros(24, dtype=bool)
+    if augment is not None:
+        windows = crop_windows(5, samples, *sides, augment.scale, augment.ratio)
+        mirrored = flips(5, samples, augment.flip)
+    for got, row, window, mirror in zip(pixels(batch["images"]), ids, windows, mirrored):
+        top, left, tall, wide = window.tolist()
+        shown = Image.open(index.path(row)).crop((left, top, left + wide, top + tall))
+        shown = shown.resize((32, 32), Image.Resampling.BILINEAR)
+        expected = np.asarray(ImageOps.mirror(shown) if mirror else shown)
+        assert np.abs(got - expected).max() <= TOLERANCE
 
 
 def test_batches_own_their_memory(index: ImageIndex) -> None:

@@ -7,6 +7,7 @@ number of ranks.
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
@@ -99,6 +100,9 @@ class ImageLoader:
         self.index, self.seed, self.size, self.augment = index, seed, size, augment
         self.micro_batch, self.period, self.crop_fraction = micro_batch, period, crop_fraction
         self.threads, self.device, self.scaling = threads, torch.device(device), scaling
+        if self.device.type == "cuda" and self.device.index is None:
+            # The thread that prepares batches has a current device of its own, the first.
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.waited = 0.0  # seconds in which the caller waited for a batch
         self.batches = 0  # that the caller got
         self._first, self._step = start + rank * micro_batch, micro_batch * ranks
@@ -119,8 +123,7 @@ class ImageLoader:
             raise StopIteration
         began = time.perf_counter()
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="images", daemon=True)
-            self._thread.start()
+            self._start()
         batch = self._ready.get()
         if isinstance(batch, BaseException):
             self.close()
@@ -132,9 +135,18 @@ class ImageLoader:
         self.batches += 1
         return batch
 
+    def _start(self) -> None:
+        # Before the next line, so that at exit DALI takes its pipelines down after our thread.
+        import nvidia.dali  # noqa: F401
+
+        atexit.register(self.close)
+        self._thread = threading.Thread(target=self._run, name="images", daemon=True)
+        self._thread.start()
+
     def close(self) -> None:
         """Ends the threads. The iterator is exhausted then."""
         self._stop.set()
+        atexit.unregister(self.close)
         if self._thread is not None:
             self._thread.join()
 
