@@ -8,7 +8,7 @@ In Python, with plain PyTorch:
 
     from moa_megatron.vision.export import load_encoder
     encoder, shape = load_encoder(Path("encoder.safetensors"))
-    features = encoder.features(images)  # [b, 3, h, w], normalised as for training -> [b, width]
+    features = encoder.features(shape.scaling.apply(images))  # [b, 3, h, w] in [0, 1] -> [b, width]
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@
         --max-images 20000 --labels-per-class 10 --picture probe.png
 
 A linear probe and nearest neighbours see the labels of a few training images, drawn at random, and
-are tested on the validation images. They are judged against the same encoder before training and
-against the pixels themselves. Images come from the folders that the run was trained on, with one
-sub-folder for each class, unless others are named.
+are tested on the validation images. They are judged against the same encoder with fresh weights
+and against the pixels themselves. Images are those that the run was trained on, which need classes,
+unless others are named.
 """
 
 from __future__ import annotations
@@ -19,15 +19,19 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from moa_megatron import telemetry  # noqa: E402
+from moa_megatron import packages, telemetry  # noqa: E402
 from moa_megatron.recipes import Parser, RefusedError  # noqa: E402
 from moa_megatron.runstate import REFUSED, STORAGE, is_storage_error  # noqa: E402
+
+if TYPE_CHECKING:
+    from moa_megatron.vision.export import Pretrained
+    from moa_megatron.vision.labelled import LabelledImages
 
 TRAINED, UNTRAINED, PIXELS = "encoder", "untrained encoder", "pixels"
 
@@ -63,9 +67,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
         "or the class token (default: mean)")  # fmt: skip
     for split in ("train", "valid"):
         add(f"--{split}-data-path", type=Path, nargs="+", metavar="DIR",
-            help="folders of classes (default: the run's)")  # fmt: skip
+            help="folders of classes, .tar or TFRecord files (default: the run's)")  # fmt: skip
     add("--max-images", type=int, default=5000, metavar="N", help="read at most so many of either "
-        "set, about as many of each class (default: 5000)")  # fmt: skip
+        "set, drawn at random (default: 5000)")  # fmt: skip
     add("--seed", type=int, default=0, help="of draws and untrained encoders (default: 0)")
     add("--json", type=Path, metavar="FILE", help="write the numbers")
     add("--picture", type=Path, metavar="FILE", help="draw them, as .png or .pdf")
@@ -92,32 +96,13 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
 
 def probe(options: argparse.Namespace) -> dict[str, Any]:
     """Accuracies, differences and what they were measured on."""
-    for package in ("sklearn", "PIL"):
-        try:
-            __import__(package)
-        except ImportError as error:
-            raise RefusedError(f"{error}; install the extra: ./launch/setup.sh vision") from error
+    packages.require_vision()
     from moa_megatron.vision import probing
     from moa_megatron.vision.export import read_run
-    from moa_megatron.vision.labelled import LabelledImages, read_labelled
 
     pretrained = read_run(options.run, options.step)
     encoder = pretrained.model.encoder
-    images: dict[str, LabelledImages] = {}
-    for split in ("train", "valid"):
-        name = f"{split}_data_path"
-        folders = getattr(options, name) or getattr(pretrained.args, name, None)
-        if not folders:
-            raise RefusedError(f"the run names no images: give --{name.replace('_', '-')} DIR")
-        crop = getattr(pretrained.args, "mae_eval_crop", 1.0)
-        images[split] = read_labelled(
-            [Path(folder) for folder in folders],
-            encoder.shape.image,
-            crop,
-            options.max_images,
-            split,
-        )
-    train, valid = images["train"], images["valid"]
+    train, valid = (read_images(options, pretrained, split) for split in ("train", "valid"))
     strange = sorted(set(valid.classes) - set(train.classes))
     if strange:
         raise RefusedError(f"validation has classes that training lacks: {', '.join(strange[:5])}")
@@ -126,14 +111,13 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
     chosen = probing.draw_labelled(
         train.labels, train.classes, options.labels_per_class, options.draws, options.seed
     )
+    images = probing.ImageSets(train.pixels, valid.pixels, encoder.shape.scaling)
+    std = pretrained.args.init_method_std
     sources = {
-        TRAINED: probing.of_encoder(encoder, train.pixels, valid.pixels, options.features),
-        UNTRAINED: probing.of_untrained(
-            encoder, train.pixels, valid.pixels, options.features, options.seed,
-            pretrained.args.init_method_std,
-        ),
-        PIXELS: probing.of_pixels(train.pixels, valid.pixels),
-    }  # fmt: skip
+        TRAINED: probing.of_encoder(encoder, images, options.features),
+        UNTRAINED: probing.of_untrained(encoder, images, options.features, options.seed, std),
+        PIXELS: probing.of_pixels(images),
+    }
     correct = probing.evaluate(sources, chosen, train.labels, valid_labels)
     return {
         "run": str(options.run),
@@ -143,7 +127,6 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
         "draws": len(chosen),
         "train_images": len(train.labels),
         "valid_images": len(valid_labels),
-        "unreadable": [str(path) for path in train.unreadable + valid.unreadable],
         "classes": len(train.classes),
         "accuracy": {
             name: {kind: dataclasses.asdict(probing.accuracy(c)) for kind, c in kinds.items()}
@@ -157,6 +140,27 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
             for name in (UNTRAINED, PIXELS)
         },
     }
+
+
+def read_images(options: argparse.Namespace, pretrained: Pretrained, split: str) -> LabelledImages:
+    """Images of one split, as the run's evaluation reads them."""
+    from moa_megatron.vision.labelled import read_labelled
+
+    args, name = pretrained.args, f"{split}_data_path"
+    inputs = getattr(options, name) or getattr(args, name)
+    if not inputs:
+        raise RefusedError(f"the run names no images: give --{name.replace('_', '-')} DIR")
+    return read_labelled(
+        [Path(one) for one in inputs],
+        Path(args.moa_cache_dir) / "images",
+        pretrained.model.shape.image,
+        crop_fraction=args.mae_eval_crop,
+        limit=options.max_images,
+        grey=args.moa_grey_images,
+        max_bad_fraction=args.moa_max_bad_images,
+        seed=options.seed,
+        description=split,
+    )
 
 
 def text(record: dict[str, Any]) -> str:
@@ -177,9 +181,6 @@ def text(record: dict[str, Any]) -> str:
     ]
     for name, kinds in record["difference"].items():
         lines.append(f"against {name}: {'; '.join(f'{k} {_verdict(v)}' for k, v in kinds.items())}")
-    if record["unreadable"]:
-        few = ", ".join(record["unreadable"][:3])
-        lines.append(f"{len(record['unreadable'])} images could not be read, such as {few}")
     return "\n".join(lines)
 
 

@@ -101,7 +101,7 @@ def shape_from_args(args: argparse.Namespace) -> MAEShape:
 
 
 def export_encoder(pretrained: Pretrained, path: Path) -> None:
-    """Writes the encoder, atomically; sizes, MoA settings and step are in the file's metadata.
+    """Writes the encoder, atomically; its metadata tells shape, MoA settings and step.
 
     Raises:
         OSError: the file cannot be written.
@@ -125,7 +125,7 @@ def export_encoder(pretrained: Pretrained, path: Path) -> None:
 
 
 def load_encoder(path: Path) -> tuple[Encoder, MAEShape]:
-    """The encoder of ``export_encoder``, ready for ``features``, and its sizes.
+    """The encoder of ``export_encoder``, ready for ``features``, and its shape.
 
     Raises:
         ValueError: a file that is no such export.

@@ -1,7 +1,8 @@
-"""Images with labels, which judging an encoder needs: folders of one sub-folder for each class."""
+"""Images with their classes, which judging an encoder needs."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,93 +10,88 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
 from moa_megatron.recipes import RefusedError
-from moa_megatron.vision.scaling import IMAGENET, Scaling
+from moa_megatron.vision.images import building
+from moa_megatron.vision.images.loader import ImageLoader
+from moa_megatron.vision.scaling import Scaling
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+_BATCH = 64
+_BYTES = Scaling((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Pixels [N, 3, h, w] in uint8, a label for each, and what could not be read."""
+    """Pixels [N, 3, h, w] in uint8 and a label for each, which counts ``classes``."""
 
     pixels: Tensor
     labels: NDArray[np.int64]
     classes: list[str]
-    unreadable: list[Path]
 
 
 def read_labelled(
-    folders: Sequence[Path],
+    inputs: Sequence[Path],
+    cache_dir: Path,
     size: tuple[int, int],
+    *,
     crop_fraction: float = 1.0,
     limit: int | None = None,
+    grey: bool = False,
+    max_bad_fraction: float = 0.01,
+    seed: int = 0,
     description: str = "images",
 ) -> LabelledImages:
-    """Reads the images of classes, each cropped at its centre and scaled.
+    """Reads images as a run's evaluation does, in random order, in 8 bits, as files have them.
 
     Args:
-        folders: with one sub-folder for each class.
+        inputs: folders of classes, .tar or TFRecord files, as ``--train-data-path`` takes them.
+        cache_dir: of the index.
         size: height and width of what the encoder reads.
-        crop_fraction: share of the short side that the crop keeps.
-        limit: at most so many images, about as many of each class; None: all.
+        crop_fraction: share of the centred window that is kept.
+        limit: at most so many images, drawn at random; None: all.
+        grey: take grey images, too.
+        max_bad_fraction: share of images that may be left out because they are damaged.
+        seed: of the order.
         description: in front of the progress bar.
 
     Raises:
-        RefusedError: a folder that is missing or has no classes with images in it.
+        RefusedError: inputs without images, with too many bad ones, or without classes.
     """
-    by_class: dict[str, list[Path]] = {}
-    for folder in folders:
-        for path in sorted(folder.glob("*/*")):
-            if path.suffix.lower() in _SUFFIXES:
-                by_class.setdefault(path.parent.name, []).append(path)
-    if not by_class:
+    index = building.build(inputs, cache_dir, grey=grey, max_bad_fraction=max_bad_fraction)
+    count = len(index) if limit is None else min(limit, len(index))
+    loader = ImageLoader(
+        index,
+        seed=seed,
+        size=size,
+        micro_batch=_BATCH,
+        rank=0,
+        ranks=1,
+        start=0,
+        period=None,
+        augment=None,
+        threads=len(os.sched_getaffinity(0)),
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        crop_fraction=crop_fraction,
+        scaling=_BYTES,
+    )
+    pixels, labels = [], []
+    try:
+        for _ in tqdm(range(-(-count // _BATCH)), desc=description, unit="batch", disable=None):
+            batch = next(loader)
+            pixels.append((batch["images"] * 255).round().clamp(0, 255).to(torch.uint8).cpu())
+            labels.append(batch["labels"].numpy())
+    finally:
+        loader.close()
+    # The last batch may go on into the next epoch.
+    numbers, places = np.unique(np.concatenate(labels)[:count], return_inverse=True)
+    named = index.class_names
+    classes = [named[number] if named else str(number) for number in numbers]
+    if len(classes) < 2 or numbers[0] < 0 or "" in classes:
         raise RefusedError(
-            f"{', '.join(map(str, folders))}: no images in sub-folders of classes; name folders "
-            "such as ImageNet's train and val, with --train-data-path and --valid-data-path"
+            f"{', '.join(map(str, inputs))}: not every image has one of several classes; give "
+            "folders with a sub-folder for each class, or shards with labels, by "
+            "--train-data-path and --valid-data-path"
         )
-    classes = sorted(by_class)
-    files = [
-        (path, label)
-        for label, name in enumerate(classes)
-        for path in _spread(by_class[name], None if limit is None else -(-limit // len(classes)))
-    ]
-    pixels, labels, unreadable = [], [], []
-    for path, label in tqdm(files, desc=description, unit="image", disable=None):
-        try:
-            with Image.open(path) as image:
-                pixels.append(_centre(image.convert("RGB"), size, crop_fraction))
-        except (OSError, UnidentifiedImageError, ValueError, SyntaxError):
-            unreadable.append(path)
-            continue
-        labels.append(label)
-    if not pixels:
-        raise RefusedError(f"{folders[0]}: none of {len(files)} images can be read")
-    return LabelledImages(torch.stack(pixels), np.array(labels), classes, unreadable)
-
-
-def normalised(pixels: Tensor, scaling: Scaling = IMAGENET) -> Tensor:
-    """uint8 [b, 3, h, w] -> float32, as images are normalised for training."""
-    return scaling.apply(pixels.float() / 255)
-
-
-def _spread(files: list[Path], count: int | None) -> list[Path]:
-    """`count` of the files at equal distances."""
-    if count is None or count >= len(files):
-        return files
-    return [files[index * len(files) // count] for index in range(count)]
-
-
-def _centre(image: Image.Image, size: tuple[int, int], fraction: float) -> Tensor:
-    """The centre in the shape of `size`, as large as fits, times `fraction`."""
-    h, w = size
-    unit = fraction * min(image.height / h, image.width / w)
-    height, width = max(1, round(unit * h)), max(1, round(unit * w))
-    top, left = (image.height - height) // 2, (image.width - width) // 2
-    part = image.crop((left, top, left + width, top + height))
-    scaled = part.resize((w, h), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(scaled)).permute(2, 0, 1)
+    return LabelledImages(torch.cat(pixels)[:count], places.astype(np.int64), classes)

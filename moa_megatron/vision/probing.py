@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from moa_megatron.recipes import RefusedError
-from moa_megatron.vision.labelled import normalised
 from moa_megatron.vision.reference import Encoder, Pooling, initialise
+from moa_megatron.vision.scaling import Scaling
 
 Features = NDArray[np.float32]
 Indices = NDArray[np.int64]
@@ -35,60 +36,79 @@ class Interval:
     high: float
 
 
-def encoder_features(
-    encoder: Encoder, pixels: Tensor, pooling: Pooling, description: str | None = None
-) -> Features:
-    """Features [N, d] of uint8 images [N, 3, h, w], on a GPU where there is one; as they come."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = encoder.to(device).eval()
-    found = []
-    with torch.inference_mode():
-        bar = None if description else True  # shown on a terminal only
-        for part in tqdm(pixels.split(64), desc=description, unit="batch", disable=bar):
-            images = normalised(part.to(device), encoder.shape.scaling)
-            found.append(encoder.features(images, pooling).float().cpu())
-    return torch.cat(found).numpy()
+@dataclass(frozen=True)
+class ImageSets:
+    """Training and validation images [N, 3, h, w] in uint8, and what normalises them."""
+
+    train: Tensor
+    valid: Tensor
+    scaling: Scaling
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """uint8 [b, 3, h, w] -> float32, as the encoder was trained on."""
+        return self.scaling.apply(pixels.float() / 255)
 
 
-def pixel_features(pixels: Tensor) -> Features:
-    """The images themselves [N, values], averaged down to 32 x 32 pixels where they are larger.
-
-    They are all on one scale and stay so: standardised, the pixels of the margin, which hardly
-    vary, would count as much as the others, and the baseline would be a weak one.
-    """
-    side = (min(pixels.shape[2], _PIXEL_SIDE), min(pixels.shape[3], _PIXEL_SIDE))
-    values = [
-        torch.nn.functional.adaptive_avg_pool2d(normalised(x), side) for x in pixels.split(256)
-    ]
-    return torch.cat(values).flatten(1).numpy()
-
-
-def of_encoder(encoder: Encoder, train: Tensor, valid: Tensor, pooling: Pooling) -> Source:
+def of_encoder(encoder: Encoder, images: ImageSets, pooling: Pooling) -> Source:
     """Features of a trained encoder, standardised by the labelled images of each draw."""
-    seen = encoder_features(encoder, train, pooling, "features of train")
-    unseen = encoder_features(encoder, valid, pooling, "features of valid")
+    seen, unseen = (
+        _features(encoder, images, pixels, pooling, f"features of {split}")
+        for split, pixels in (("train", images.train), ("valid", images.valid))
+    )
     return lambda draw, indices: standardised(seen[indices], unseen)
 
 
 def of_untrained(
-    encoder: Encoder, train: Tensor, valid: Tensor, pooling: Pooling, seed: int, std: float
+    encoder: Encoder, images: ImageSets, pooling: Pooling, seed: int, std: float
 ) -> Source:
     """As ``of_encoder``, of the same encoder with fresh weights, others for each draw."""
 
     def source(draw: int, indices: Indices) -> tuple[Features, Features]:
         fresh = Encoder(encoder.shape, encoder.moa)
         initialise(fresh, seed + draw, std)
-        both = torch.cat([train[torch.from_numpy(indices)], valid])
-        found = encoder_features(fresh, both, pooling)
+        both = torch.cat([images.train[torch.from_numpy(indices)], images.valid])
+        found = _features(fresh, images, both, pooling)
         return standardised(found[: len(indices)], found[len(indices) :])
 
     return source
 
 
-def of_pixels(train: Tensor, valid: Tensor) -> Source:
-    """The images themselves."""
-    seen, unseen = pixel_features(train), pixel_features(valid)
+def of_pixels(images: ImageSets) -> Source:
+    """The images themselves, averaged down to 32 x 32 pixels where they are larger.
+
+    They are all on one scale and stay so: standardised, the pixels of the margin, which hardly
+    vary, would count as much as the others, and the baseline would be a weak one.
+    """
+    height, width = images.valid.shape[2:]
+    side = (min(height, _PIXEL_SIDE), min(width, _PIXEL_SIDE))
+    seen, unseen = (
+        torch.cat(
+            [F.adaptive_avg_pool2d(images.normalised(part), side) for part in pixels.split(256)]
+        )
+        .flatten(1)
+        .numpy()
+        for pixels in (images.train, images.valid)
+    )
     return lambda draw, indices: (seen[indices], unseen)
+
+
+def _features(
+    encoder: Encoder,
+    images: ImageSets,
+    pixels: Tensor,
+    pooling: Pooling,
+    description: str | None = None,
+) -> Features:
+    """Features [N, d], computed on a GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    encoder = encoder.to(device).eval()
+    found = []
+    with torch.inference_mode():
+        bar = None if description else True  # shown on a terminal only
+        for part in tqdm(pixels.split(64), desc=description, unit="batch", disable=bar):
+            part = images.normalised(part.to(device))
+            found.append(encoder.features(part, pooling).float().cpu())
+    return torch.cat(found).numpy()
 
 
 def draw_labelled(

@@ -62,9 +62,10 @@ def namespace(shape: MAEShape, moa: MoAConfig, **others: Any) -> argparse.Namesp
         num_channels=shape.channels, hidden_size=shape.width, num_layers=shape.layers,
         num_attention_heads=shape.heads, ffn_hidden_size=shape.ffn,
         mae_decoder_width=shape.decoder_width, mae_decoder_layers=shape.decoder_layers,
-        mae_pixel_mean=list(shape.pixel_mean), mae_pixel_std=list(shape.pixel_std),
         mae_decoder_heads=shape.decoder_heads, mae_decoder_ffn=shape.decoder_ffn,
         layernorm_epsilon=shape.eps, add_bias_linear=shape.bias, normalization="LayerNorm",
         layernorm_zero_centered_gamma=False, init_method_std=0.02, mae_eval_crop=1.0,
+        mae_pixel_mean=list(shape.pixel_mean), mae_pixel_std=list(shape.pixel_std),
+        moa_grey_images=False, moa_max_bad_images=0.1,
         swiglu=moa.mixing == "fixed" or moa.gated, **others,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from moa_megatron.vision.reference import MAEShape
 SHAPE = MAEShape(
     image=(8, 12), patch=4, width=16, layers=2, heads=2, ffn=24,
     decoder_width=8, decoder_layers=2, decoder_heads=2, decoder_ffn=20,
+    pixel_mean=(0.5, 0.4, 0.3), pixel_std=(0.25, 0.5, 0.75),
 )  # fmt: skip
 VARIANTS = (
     MoAConfig(mixing="fixed"),

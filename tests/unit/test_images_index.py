@@ -172,7 +172,10 @@ def test_two_commands_at_once_do_no_harm(tmp_path: Path) -> None:
         assert process.returncode == 0, err
         assert "30 images, 3 classes" in out and "bad: 1 zero bytes" in out
         assert "short side: 48" in out
-    assert sorted(path.suffix for path in (tmp_path / "cache" / "images").iterdir()) == [".npz", ".txt"]
+    assert sorted(path.suffix for path in (tmp_path / "cache" / "images").iterdir()) == [
+        ".npz",
+        ".txt",
+    ]
 
 
 def test_command_refuses_with_78(tmp_path: Path) -> None:

@@ -10,14 +10,14 @@ from PIL import Image
 
 from moa_megatron.vision.patches import normalised_targets, patchify
 from moa_megatron.vision.pictures import reconstruction_grid, write_picture
-from moa_megatron.vision.scaling import IMAGENET
+from moa_megatron.vision.scaling import Scaling
 
 PATCH, H, W, GAP = 2, 4, 6, 3
+SCALING = Scaling((0.5, 0.4, 0.3), (0.25, 0.5, 0.75))
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET.mean, IMAGENET.std))
-    return (pixels / 255 - mean) / std
+    return SCALING.apply(pixels / 255)
 
 
 def test_columns_show_original_mask_and_prediction() -> None:
@@ -28,7 +28,14 @@ def test_columns_show_original_mask_and_prediction() -> None:
     _, mean, std = normalised_targets(patches)
     predicted = (patchify(normalise(other), PATCH) - mean) / std
     grid = reconstruction_grid(
-        normalise(pixels), predicted, mean, std, visible=visible, patch=PATCH, gap=GAP
+        normalise(pixels),
+        predicted,
+        mean,
+        std,
+        visible=visible,
+        patch=PATCH,
+        gap=GAP,
+        scaling=SCALING,
     )
     assert grid.shape == (2 * H + GAP, 3 * W + 2 * GAP, 3) and grid.dtype == np.uint8
     # Patch 4 is in row 1, column 1 of the 2 x 3 patches.

@@ -13,14 +13,15 @@ from PIL import Image
 
 from moa_megatron.config import MoAConfig
 from moa_megatron.recipes import RefusedError
-from moa_megatron.vision.labelled import normalised, read_labelled
-from moa_megatron.vision.scaling import IMAGENET
+from moa_megatron.vision.reference import MAE
+from moa_megatron.vision.scaling import Scaling
 from tests.helpers.mae_checkpoint import namespace, write_run
 from tests.helpers.plain_mae import SHAPE, megatron_state
 from tools import probe
 
-pytest.importorskip("sklearn", reason="needs the extra vision")
+pytest.importorskip("nvidia.dali", reason="needs the extra vision")
 from moa_megatron.vision import probing  # noqa: E402
+from moa_megatron.vision.labelled import read_labelled  # noqa: E402
 
 CLASSES = ["ant", "bee", "cat"]
 
@@ -99,32 +100,38 @@ def write_images(folder: Path, names: list[str], count: int, seed: int) -> Path:
     return folder
 
 
-def test_images_are_cropped_at_the_centre_and_normalised(tmp_path: Path) -> None:
-    (tmp_path / "ant").mkdir()
-    pixels = np.zeros((10, 20, 3), dtype=np.uint8)
-    pixels[2:8, 7:13] = (255, 0, 51)  # 6 x 6 in the middle
-    Image.fromarray(pixels).save(tmp_path / "ant" / "a.png")
-    Image.fromarray(pixels[..., 0]).save(tmp_path / "ant" / "grey.png")
-    (tmp_path / "ant" / "broken.jpg").write_bytes(b"\xff\xd8 no image")
-    (tmp_path / "ant" / "notes.txt").write_text("no image either")
-    found = read_labelled([tmp_path], (3, 3), crop_fraction=0.6)
-    assert found.pixels.shape == (2, 3, 3, 3) and found.labels.tolist() == [0, 0]
-    assert [path.name for path in found.unreadable] == ["broken.jpg"]
-    assert torch.equal(found.pixels[0, :, 1, 1], torch.tensor([255, 0, 51], dtype=torch.uint8))
-    assert found.pixels[0, 0].min() == 255 and found.pixels[1].min() == 255
-    wider = read_labelled([tmp_path], (3, 3), crop_fraction=0.8).pixels[0, 0]
-    assert wider[1, 1] == 255 and max(wider[0, 1], wider[1, 0], wider[2, 1], wider[1, 2]) < 255
-    whole = read_labelled([tmp_path], (5, 10)).pixels[0, 0]
-    assert whole[0, 0] == 0 and whole[2, 5] == 255  # the crop has the shape of the target
-    expected = [(v / 255 - m) / s for v, m, s in zip((255, 0, 51), IMAGENET.mean, IMAGENET.std)]
-    torch.testing.assert_close(normalised(found.pixels)[0, :, 1, 1], torch.tensor(expected))
+def test_each_image_is_read_once_with_its_class(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "train", CLASSES, 30, seed=0)
+    (folder / "bee" / "broken.jpg").write_bytes(b"\xff\xd8 no image")
+    found = read_labelled([folder], tmp_path / "cache", SHAPE.image, max_bad_fraction=0.1)
+    assert found.classes == CLASSES and found.pixels.dtype == torch.uint8
+    assert len(found.labels) == len(found.pixels) == 90  # more than a batch
+    files = sorted(folder.glob("*/*.png"))
+    written = {np.asarray(Image.open(f)).tobytes(): CLASSES.index(f.parent.name) for f in files}
+    shown = [image.permute(1, 2, 0).numpy().tobytes() for image in found.pixels]
+    assert len(set(shown)) == 90
+    assert [written[image] for image in shown] == found.labels.tolist()
+    some = read_labelled([folder], tmp_path / "cache", SHAPE.image, limit=70, max_bad_fraction=0.1)
+    assert len(some.labels) == 70 and torch.equal(some.pixels, found.pixels[:70])
 
 
-def test_a_limit_takes_some_of_each_class(tmp_path: Path) -> None:
-    folder = write_images(tmp_path / "train", CLASSES, 6, seed=0)
-    assert np.bincount(read_labelled([folder], SHAPE.image, limit=9).labels).tolist() == [3, 3, 3]
-    with pytest.raises(RefusedError, match="--train-data-path"):
-        read_labelled([tmp_path / "absent"], SHAPE.image)
+def test_images_without_classes_are_refused(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "train", ["ant"], 3, seed=0)
+    with pytest.raises(RefusedError, match="several classes"):
+        read_labelled([folder], tmp_path / "cache", SHAPE.image)
+
+
+def test_an_encoder_gets_its_pixels_normalised_as_in_training() -> None:
+    pixels = torch.randint(256, (4, 3, *SHAPE.image), dtype=torch.uint8)
+    scaling = Scaling((0.5, 0.4, 0.3), (0.25, 0.5, 0.75))
+    encoder = MAE(SHAPE, MoAConfig()).encoder
+    images = probing.ImageSets(pixels, pixels[:2], scaling)
+    source = probing.of_encoder(encoder, images, "class")
+    seen, _ = source(0, np.arange(4))
+    expected = encoder.features(scaling.apply(pixels / 255), "class").detach().numpy()
+    np.testing.assert_allclose(seen, probing.standardised(expected, expected)[0], atol=1e-4)
+    raw, _ = probing.of_pixels(images)(0, np.array([3, 1]))
+    np.testing.assert_allclose(raw, scaling.apply(pixels / 255)[[3, 1]].flatten(1), rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +140,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train = write_images(folder / "train", CLASSES, 20, seed=1)
     valid = write_images(folder / "valid", CLASSES, 15, seed=2)
     paths = {"train_data_path": [str(train)], "valid_data_path": [str(valid)]}
+    others = {**paths, "moa_cache_dir": str(folder / "cache")}
     moa = MoAConfig(variant="qd")
-    return write_run(folder / "run", megatron_state(SHAPE, moa), namespace(SHAPE, moa, **paths))
+    return write_run(folder / "run", megatron_state(SHAPE, moa), namespace(SHAPE, moa, **others))
 
 
 def test_the_tool_needs_the_run_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,13 +181,13 @@ def test_classes_are_matched_by_name(run: Path, tmp_path: Path) -> None:
 def test_bad_requests_are_refused(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    strange = write_images(tmp_path / "strange", ["dog"], 2, seed=4)
+    strange = write_images(tmp_path / "strange", ["ant", "dog"], 2, seed=4)
     cases = {
         ("--labels-per-class", "0", "--draws", "0", "--seed", "-1"): "--labels-per-class 0",
         ("--labels-per-class", "all", "--draws", "3"): "nothing to draw",
         ("--labels-per-class", "21"): "ant has 20",
         ("--valid-data-path", str(strange)): "training lacks: dog",
-        ("--train-data-path", str(tmp_path / "absent")): "no images",
+        ("--train-data-path", str(tmp_path / "absent")): "absent",
         ("--step", "9"): "has 7",
         ("--picture", str(tmp_path / "a.xyz")): "--picture",
         ("--json", str(tmp_path / "no" / "a.json")): "cannot be written",
