@@ -221,10 +221,14 @@ def test_centre_windows() -> None:
     assert centre_windows([1], [1], 1.0, 0.1).tolist() == [[0, 0, 1, 1]]
 
 
+@pytest.mark.parametrize("in_dali", [False, True])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
 @pytest.mark.parametrize("size", [(32, 32), (80, 56)])
-def test_pixels_equal_pillows(kind: str, size: tuple[int, int]) -> None:
-    """The window is in the image as displayed, whatever its EXIF orientation says."""
+def test_pixels_equal_pillows(kind: str, size: tuple[int, int], in_dali: bool) -> None:
+    """The window is in the image as displayed, whatever its EXIF orientation says.
+
+    What DALI does on a GPU is held to the same here, on its CPU operators.
+    """
     generator = np.random.default_rng(0)
     files, windows, expected = [], [], []
     for orientation in range(1, 9 if kind != "BMP" else 2):
@@ -243,13 +247,17 @@ def test_pixels_equal_pillows(kind: str, size: tuple[int, int]) -> None:
             files.append(np.frombuffer(file, dtype=np.uint8))
     mirrored = np.arange(len(files)) % 2 == 1
     encoded = Encoded(files, np.array(windows, dtype=np.int32), mirrored)
-    pipeline = Pipeline(lambda: encoded, size, len(files), 2, "cpu", IMAGENET)
+    pipeline = Pipeline(lambda: encoded, size, len(files), 2, "cpu", IMAGENET, in_dali)
     got = pixels(pipeline.next())
     pipeline.close()
-    worst = np.abs(got - np.array(expected)).max(axis=(1, 2, 3))
-    assert (worst <= TOLERANCE).all(), worst
-    # Nearly all are equal: of a slightly wrong window no pixel would be.
-    assert (np.abs(got - np.array(expected)) < 0.01).mean() > 0.8
+    off = np.abs(got - np.array(expected))
+    if in_dali:  # at the border DALI repeats the last pixel where Pillow weighs the others more
+        assert off.max() < 20
+        off = off[:, 1:-1, 1:-1]
+    print(f"{kind} {size} {in_dali}: at most {off.max():.2f}, {(off < 0.01).mean():.3f} equal")
+    assert off.max() <= TOLERANCE
+    # Most are equal: of a slightly wrong window none would be.
+    assert (off < 0.01).mean() > 0.8
 
 
 @pytest.mark.parametrize("augment", [Augmentation(), Augmentation((0.5, 0.6), (1, 2), 1.0), None])

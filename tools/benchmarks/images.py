@@ -4,7 +4,8 @@
 Both read the same JPEG files of 500x375, cut from the photographs that scikit-learn ships, and make
 float32 batches of them: random resized crop, flip, ImageNet's mean and deviation. Each runs in a
 process of its own, at several numbers of workers; the best of each side are compared. Before,
-both must give the same pixels for the same windows. The last line is one JSON object.
+both must give the same pixels for the same windows. "DALI alone" is our loader with DALI resizing
+on the CPU, too. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,12 +35,15 @@ from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 
+from moa_megatron.vision.images import loader as loader_module  # noqa: E402
 from moa_megatron.vision.images.augment import Augmentation  # noqa: E402
 from moa_megatron.vision.images.building import build  # noqa: E402
 from moa_megatron.vision.images.loader import ImageLoader  # noqa: E402
+from moa_megatron.vision.images.pipeline import Pipeline  # noqa: E402
 from moa_megatron.vision.scaling import IMAGENET  # noqa: E402
 from tools.benchmarks import report  # noqa: E402
 
+SIDES = ("ours", "DALI alone", "DataLoader")
 SIDE = 224
 TOLERANCE = 1.01 / 255  # of a value in [0, 1]: the two resizers round differently
 EXAMPLE = """example:
@@ -127,7 +132,9 @@ def check(folder: Path) -> None:
 
 
 def batches(side: str, folder: Path, workers: int, batch: int) -> Iterator[Any]:
-    if side == "ours":
+    if side == "DALI alone":
+        loader_module.Pipeline = partial(Pipeline, in_dali=True)  # type: ignore[assignment,misc]
+    if side != "DataLoader":
         yield from loader(folder, workers, batch, augment=True)
     paths = sorted((folder / "files").rglob("*.jpg"))
     data = DataLoader(
@@ -174,7 +181,7 @@ def measured(side: str, folder: Path, workers: int, options: argparse.Namespace)
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """All contenders in turn, and the best of each side."""
-    contenders = [(side, n) for n in options.workers for side in ("ours", "DataLoader")]
+    contenders = [(side, n) for n in options.workers for side in SIDES]
     rates: dict[tuple[str, int], list[Rate]] = {each: [] for each in contenders}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -195,14 +202,18 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     }
     best = {
         side: max((each for each in contenders if each[0] == side), key=medians.__getitem__)
-        for side in ("ours", "DataLoader")
+        for side in SIDES
     }
-    pairs = list(zip(rates[best["ours"]], rates[best["DataLoader"]]))
     return {
         "images_per_second": {f"{s}, {n} workers": round(r.wall) for (s, n), r in medians.items()},
         "best_workers": {side: each[1] for side, each in best.items()},
-        "ours_over_dataloader": spread([ours.wall / other.wall for ours, other in pairs]),
-        "the_same_for_a_core's_work": spread([ours.core / other.core for ours, other in pairs]),
+        "ours_over": {
+            side: {
+                name: spread([a[n] / b[n] for a, b in zip(rates[best["ours"]], rates[best[side]])])
+                for n, name in enumerate(("images a second", "images for a second on a core"))
+            }
+            for side in SIDES[1:]
+        },
         "batch": options.batch,
         "rounds": options.rounds,
         "environment": report.environment(),
@@ -226,7 +237,7 @@ def main() -> int:
     add("--batch", type=int, default=64, metavar="N", help="images of a batch (default: 64)")
     add("--rounds", type=int, default=5, metavar="N", help="all in turn, as often (default: 5)")
     add("--seconds", type=float, default=6, help="of each measurement (default: 6)")
-    add("--contender", choices=("ours", "DataLoader"), help=argparse.SUPPRESS)
+    add("--contender", choices=SIDES, help=argparse.SUPPRESS)
     add("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contender:

@@ -49,6 +49,7 @@ class Pipeline:
         threads: that decode, and where there is no GPU as many that resize.
         device: "cpu" or a CUDA device.
         scaling: normalises pixels.
+        in_dali: whether DALI also resizes and normalises; None: on a GPU. On a CPU for comparison.
     """
 
     def __init__(
@@ -59,10 +60,14 @@ class Pipeline:
         threads: int,
         device: str,
         scaling: Scaling,
+        in_dali: bool | None = None,
     ) -> None:
         self._size, self._device = size, torch.device(device)
         self._cuda = self._device.type == "cuda"
-        self._dali = _dali_pipeline(source, size, batch, threads, self._device, scaling)
+        self._in_dali = self._cuda if in_dali is None else in_dali
+        self._dali = _dali_pipeline(
+            source, size if self._in_dali else None, batch, threads, self._device, scaling
+        )
         self._workers = threads
         self._threads = ThreadPoolExecutor(threads, "resize")
         scale = 1 / (255 * np.array(scaling.std))
@@ -77,7 +82,11 @@ class Pipeline:
             RuntimeError: an image cannot be decoded; the pipeline is of no use any more.
         """
         images, mirrored = self._dali.run()
-        return self._copied(images) if self._cuda else self._finished(images, mirrored)
+        if self._cuda:
+            return self._copied(images)
+        if self._in_dali:
+            return torch.from_numpy(np.array(images.as_tensor()))
+        return self._finished(images, mirrored)
 
     def close(self) -> None:
         """Ends the threads."""
@@ -116,13 +125,13 @@ class Pipeline:
 
 def _dali_pipeline(
     source: Callable[[], Encoded],
-    size: tuple[int, int],
+    size: tuple[int, int] | None,
     batch: int,
     threads: int,
     device: torch.device,
     scaling: Scaling,
 ) -> Any:
-    """DALI's graph: decoded windows on a CPU, finished images on a GPU; with them `mirrored`."""
+    """DALI's graph: finished images of a size, or without one decoded windows; and `mirrored`."""
     from nvidia.dali import fn, pipeline_def, types
 
     cuda = device.type == "cuda"
@@ -153,7 +162,7 @@ def _dali_pipeline(
             device="mixed" if cuda else "cpu",
             output_type=types.RGB,
         )
-        if cuda:
+        if size is not None:
             images = fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
             images = fn.crop_mirror_normalize(
                 images,
