@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     from moa_megatron.vision.export import Pretrained
     from moa_megatron.vision.labelled import LabelledImages
 
+_FEATURES = {
+    "moments": "mean and deviation of patch tokens",
+    "mean": "mean of patch tokens",
+    "class": "class token",
+}
 TRAINED, UNTRAINED, PIXELS = "encoder", "untrained encoder", "pixels"
 
 
@@ -63,8 +68,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     add("--step", type=int, help="which checkpoint (default: the newest)")
     add("--labels-per-class", default="5", metavar="N", help="a number, or all (default: 5)")
     add("--draws", type=int, help="random choices of the labelled images (default: 10)")
-    add("--features", choices=("mean", "class"), default="mean", help="mean of the patch tokens, "
-        "or the class token (default: mean)")  # fmt: skip
+    add("--features", choices=("moments", "mean", "class"), default="moments", help="mean and "
+        "standard deviation of the patch tokens, their mean alone, or the class token (default: "
+        "moments)")  # fmt: skip
     for split in ("train", "valid"):
         add(f"--{split}-data-path", type=Path, nargs="+", metavar="DIR",
             help="folders of classes, .tar or TFRecord files (default: the run's)")  # fmt: skip
@@ -173,7 +179,7 @@ def text(record: dict[str, Any]) -> str:
         rows.append((f"encoder minus {name}", *(_percent(kinds[kind], "+") for kind in kinds)))
     varied = f"over {record['draws']} draws of labels" if record["draws"] > 1 else "over images"
     lines = [
-        f"step {record['step']}, {record['features']} token features, "
+        f"step {record['step']}, features {record['features']} ({_FEATURES[record['features']]}), "
         f"{'all' if labels is None else labels} labels per class of {record['classes']}, "
         f"{record['valid_images']:,} validation images",
         telemetry.table(("accuracy in %", "linear probe", "nearest neighbours"), rows),

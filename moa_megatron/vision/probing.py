@@ -212,7 +212,7 @@ def difference(one: Correct, other: Correct) -> Interval:
 
 def _interval(values: NDArray[np.float64]) -> Interval:
     """Mean of [draws, n]; what varies are the draws, or the images where there is one draw."""
-    from scipy import stats  # type: ignore[import-untyped]
+    from scipy import stats
 
     sample = values.mean(axis=1) if len(values) > 1 else values[0]
     mean = float(sample.mean())

@@ -22,7 +22,7 @@ from moa_megatron.vision.patches import normalised_targets, patchify
 from moa_megatron.vision.positions import sincos_positions
 from moa_megatron.vision.scaling import IMAGENET, Scaling
 
-Pooling = Literal["mean", "class"]
+Pooling = Literal["moments", "mean", "class"]
 
 
 @dataclass(frozen=True)
@@ -186,9 +186,23 @@ class Encoder(nn.Module):
         return self.norm(x_bTd)
 
     def features(self, images: Tensor, pooling: Pooling = "mean") -> Tensor:
-        """[b, c, h, w] -> [b, d]: the mean of all patch tokens, or the class token; no masking."""
+        """Features of whole images.
+
+        Args:
+            images: [b, c, h, w], normalised; nothing is masked.
+            pooling: ``mean`` of the patch tokens; ``moments``, their mean and standard deviation
+                side by side; ``class``, the class token.
+
+        Returns:
+            [b, d], for ``moments`` [b, 2d].
+        """
         x_bTd = self(patchify(images, self.shape.patch))
-        return x_bTd[:, 0] if pooling == "class" else x_bTd[:, 1:].mean(dim=1)
+        if pooling == "class":
+            return x_bTd[:, 0]
+        mean_bd = x_bTd[:, 1:].mean(dim=1)
+        if pooling == "mean":
+            return mean_bd
+        return torch.cat([mean_bd, x_bTd[:, 1:].std(dim=1)], dim=1)
 
 
 class Decoder(nn.Module):

@@ -160,7 +160,7 @@ def loader(
     ranks = mpu.get_data_parallel_world_size() if ranks is None else ranks
     size = (args.img_h, args.img_w)
     if args.mock_data:
-        return _RandomImages(size, micro_batch, rank, ranks, start)
+        return _RandomImages(size, micro_batch, rank, ranks, start, period)
     from moa_megatron.vision.images import index
     from moa_megatron.vision.images.augment import Augmentation
     from moa_megatron.vision.images.loader import ImageLoader
@@ -194,9 +194,15 @@ class _RandomImages:
     """Noise in the place of images, for ``--mock-data``; endless."""
 
     def __init__(
-        self, size: tuple[int, int], micro_batch: int, rank: int, ranks: int, start: int
+        self,
+        size: tuple[int, int],
+        micro_batch: int,
+        rank: int,
+        ranks: int,
+        start: int,
+        period: int | None,
     ) -> None:
-        self.size, self.micro_batch = size, micro_batch
+        self.size, self.micro_batch, self.period = size, micro_batch, period
         self.next, self.stride = start + rank * micro_batch, micro_batch * ranks
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -204,6 +210,7 @@ class _RandomImages:
 
     def __next__(self) -> dict[str, Tensor]:
         first, self.next = self.next, self.next + self.stride
+        first = first % self.period if self.period else first
         generator = torch.Generator().manual_seed(first)
         shape = (self.micro_batch, 3, *self.size)
         samples = torch.arange(first, first + self.micro_batch)

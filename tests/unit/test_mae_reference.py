@@ -126,14 +126,16 @@ def test_encoder_sees_visible_patches_only_and_their_order_is_free() -> None:
     assert not torch.allclose(mae.predict(images, (visible + 1) % SHAPE.num_patches), expected)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "class"])
+@pytest.mark.parametrize("pooling", ["moments", "mean", "class"])
 def test_features_follow_the_images_and_see_places(pooling: str) -> None:
     encoder = model(MoAConfig(mixing="la", variant="one")).encoder
     images, _ = batch()
     features = encoder.features(images, pooling)  # type: ignore[arg-type]
-    assert features.shape == (3, SHAPE.width)
     first, *others = encoder(patchify(images, SHAPE.patch)).unbind(dim=1)
-    expected = first if pooling == "class" else sum(others) / SHAPE.num_patches
+    mean = sum(others) / SHAPE.num_patches
+    square = sum((other - mean) ** 2 for other in others) / (SHAPE.num_patches - 1)
+    moments = torch.cat([mean, square.sqrt()], dim=1)
+    expected = {"class": first, "mean": mean, "moments": moments}[pooling]
     torch.testing.assert_close(features, expected)
     torch.testing.assert_close(encoder.features(images.flip(0), pooling).flip(0), features)  # type: ignore[arg-type]
     # The same patches at other places.

@@ -159,7 +159,7 @@ def test_the_tool_needs_the_run_alone(run: Path, capsys: pytest.CaptureFixture[s
     assert written[1].read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("pooling", ["mean", "class"])
+@pytest.mark.parametrize("pooling", ["moments", "mean", "class"])
 def test_all_labels_are_one_draw(
     run: Path, capsys: pytest.CaptureFixture[str], pooling: str
 ) -> None:
