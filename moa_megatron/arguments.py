@@ -162,7 +162,7 @@ def parse(command: CommandLine, extra_flags: list[str]) -> Parsed:
     derive.align(args)
     derive.pattern(args)
     if args.moa_model == "mae":
-        derive_vision(args, moa)
+        derive_vision(args, moa, given, gated_recipe=bool(recipe.get("swiglu")))
     derive.modules(args, given)
     derive.log_interval(args)
     derive.min_lr(args, given)

@@ -87,13 +87,18 @@ def scaled(recipe: Mapping[str, Any], train_iters: int, given: Collection[str]) 
 
 
 def _steps_of_epochs(args: argparse.Namespace, given: Collection[str]) -> int:
+    if args.moa_model != "mae" or args.mock_data:
+        raise RefusedError(
+            f"--epochs {args.epochs:g} counts passes over images: it needs --moa-model mae and no "
+            "--mock-data: give --train-iters, or --tokens for text"
+        )
     if "train_iters" in given:
         raise RefusedError(f"--epochs {args.epochs:g} with --train-iters: give one of them")
     images = getattr(args, "moa_image_count", 0)
     if not images:
         raise RefusedError(
             f"--epochs {args.epochs:g} needs images that have been counted: run "
-            "tools/index_images.py on them (docs/images.md), or give --train-iters"
+            f"tools/index_images.py {' '.join(args.train_data_path)}, or give --train-iters"
         )
     return math.ceil(args.epochs * images / args.global_batch_size)
 

@@ -46,6 +46,9 @@ _SHAPE = (
     "position_embedding_type",
     "untie_embeddings_and_output_weights",
     "vocab_size",
+)
+# The same of masked autoencoders alone: other checkpoints need not have these fields.
+_SHAPE_OF_IMAGES = (
     "img_h",
     "img_w",
     "patch_dim",
@@ -118,7 +121,7 @@ def restore(args: argparse.Namespace, given: set[str]) -> None:
             differences.append(f"{name}: checkpoint {old!r}, command line {new!r}")
     if differences:
         raise RefusedError("flags contradict the checkpoint: " + "; ".join(differences))
-    for name in ("moa_model", "vocab_size"):
+    for name in ("moa_model", "vocab_size", *_SHAPE_OF_IMAGES):
         if name not in given and hasattr(saved, name):
             setattr(args, name, getattr(saved, name))
     if args.hybrid_layer_pattern is not None:
@@ -159,7 +162,12 @@ def problems(args: argparse.Namespace) -> list[str]:
 
 def differences(args: argparse.Namespace, saved: Any) -> list[str]:
     """Fields in which a checkpoint describes another model than ``args``, old value first."""
-    pairs = [(name, getattr(saved, name, None), getattr(args, name, None)) for name in _SHAPE]
+    names = [name for name in _SHAPE if name != "num_query_groups"]
+    pairs = [(name, getattr(saved, name, None), getattr(args, name, None)) for name in names]
+    pairs.append(("num_query_groups", _query_groups(saved), _query_groups(args)))
+    if args.moa_model == "mae":
+        images = _SHAPE_OF_IMAGES
+        pairs += [(name, getattr(saved, name, None), getattr(args, name)) for name in images]
     if not hasattr(saved, "moa_model"):  # a checkpoint of plain Megatron
         pairs = pairs[1:]
     old_layers, new_layers = _layers(saved), _layers(args)
@@ -180,6 +188,12 @@ def differences(args: argparse.Namespace, saved: Any) -> list[str]:
         for name, old, new in pairs
         if _plain(old) != _plain(new)
     ]
+
+
+def _query_groups(args: Any) -> int | None:
+    """Groups of keys and values; Megatron fills an unused field in while it trains."""
+    grouped = getattr(args, "group_query_attention", False)
+    return getattr(args, "num_query_groups" if grouped else "num_attention_heads", None)
 
 
 def optimizer_problems(args: argparse.Namespace, saved: Any) -> list[str]:

@@ -37,7 +37,8 @@ def choose(args: argparse.Namespace, exit_file: Path | None, dry_run: bool) -> s
     if args.mock_data:
         return "random images (--mock-data)"
     packages.require_vision()
-    if args.train_data_path is None and args.moa_corpus == "digits":
+    named = args.train_data_path or args.valid_data_path
+    if not named and args.moa_corpus == "digits":
         from moa_megatron.vision.digits import digits
 
         found = digits(Path(args.moa_cache_dir))
@@ -52,6 +53,12 @@ def choose(args: argparse.Namespace, exit_file: Path | None, dry_run: bool) -> s
     if "refused" in record:
         raise RefusedError(record["refused"])
     args.moa_image_index, args.moa_image_digests = record["index"], record["digests"]
+    missing = [path for path in record["index"].values() if not Path(path).is_file()]
+    if missing:
+        raise RefusedError(
+            f"{missing[0]}, which rank 0 has written, is not on {os.uname().nodename}: name a "
+            "folder that all nodes share with --moa-cache-dir (or XDG_CACHE_HOME)"
+        )
     args.moa_image_count = record["count"]
     return str(record["description"])
 
@@ -68,11 +75,13 @@ def identity(args: argparse.Namespace) -> dict[str, Any]:
         "crop scale": " to ".join(f"{share:g}" for share in args.mae_crop_scale),
         "flip": bool(args.mae_flip),
         "pixel mean and std": [*args.mae_pixel_mean, *args.mae_pixel_std],
-        "training data": args.moa_image_digests.get("train", "random images"),
+        "training data": "random images" if args.mock_data else None,
+        "validation data": None,
     }
-    if "valid" in args.moa_image_digests:
-        found["validation data"] = args.moa_image_digests["valid"]
-    return found
+    for split, name in (("train", "training data"), ("valid", "validation data")):
+        found[name] = args.moa_image_digests.get(split, found[name])
+    # A dry run may not know them.
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _check_paths(args: argparse.Namespace) -> None:
@@ -102,7 +111,7 @@ def _build(args: argparse.Namespace, note: Path | None) -> dict[str, Any]:
 
 
 def _indices(args: argparse.Namespace, build: bool = True) -> dict[str, Any]:
-    from moa_megatron.vision.images import building, index
+    from moa_megatron.vision.images import building
 
     cache = Path(args.moa_cache_dir) / "images"
     record: dict[str, Any] = {"index": {}, "digests": {}, "count": 0}
@@ -115,8 +124,8 @@ def _indices(args: argparse.Namespace, build: bool = True) -> dict[str, Any]:
         if build:
             share = args.moa_max_bad_images
             found = building.build(paths, cache, grey=grey, max_bad_fraction=share)
-        elif (file := building.find(paths, cache, grey)) is not None:
-            found = index.load(file)
+        elif (known := building.remembered(paths, cache, grey)) is not None:
+            found = known
         else:
             words.append(f"{split} {', '.join(inputs)}, not checked yet")
             continue

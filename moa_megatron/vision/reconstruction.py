@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
-from megatron.core.tensor_parallel import broadcast_data
 from megatron.training import get_tensorboard_writer
 from torch import Tensor
 
@@ -45,7 +44,8 @@ def drawing(args: argparse.Namespace, folder: Path) -> Callable[[list[Any]], Non
         writer = get_tensorboard_writer()
         if writer is None:
             return
-        step = int(getattr(args, "curr_iteration", -1)) + 1
+        # An evaluation may come before any training, of a run that has been loaded.
+        step = max(int(getattr(args, "curr_iteration", -1)) + 1, int(args.iteration))
         writer.add_image(_FOLDER, picture, step, dataformats="HWC")
         try:
             (folder / _FOLDER).mkdir(exist_ok=True)
@@ -68,15 +68,12 @@ def _images(args: argparse.Namespace) -> dict[str, Tensor]:
     if mpu.get_tensor_model_parallel_rank() == 0:
         count = args.mae_pictures
         reader = training.loader(args, "valid", count, 0, count, rank=0, ranks=1)
-        data = next(reader)
+        data = training.with_visible(args, next(reader))
         getattr(reader, "close", lambda: None)()
-    images = broadcast_data(["images"], data, torch.float32)["images"]
-    samples = broadcast_data(["samples"], data, torch.int64)["samples"]
-    return {"images": images, "samples": samples}
+    return training.broadcast(data)
 
 
-def _picture(args: argparse.Namespace, model: Any, images: Tensor, samples: Tensor) -> Any:
-    visible = training.visible_of(args, samples).to(images.device)
+def _picture(args: argparse.Namespace, model: Any, images: Tensor, visible: Tensor) -> Any:
     with torch.no_grad():
         predicted = model(images, visible)
     _, mean, std = normalised_targets(patchify(images, args.patch_dim))

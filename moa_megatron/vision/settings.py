@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 
 from moa_megatron.config import MoAConfig
 from moa_megatron.vision.masking import visible_count
@@ -21,6 +22,8 @@ _UNSERVED = {
     "tokens": None,
     "full_validation": False,
     "multiple_validation_sets": False,
+    "use_megatron_fsdp": False,
+    "use_torch_fsdp2": False,
     "data_path": None,
     "test_data_path": None,
     "data_args_path": None,
@@ -31,6 +34,8 @@ _REASONS = {
     "parallelism",
     "context_parallel_size": "images have no long context: use data and tensor parallelism",
     "sequence_parallel": "197 and 50 tokens do not divide: leave it out",
+    "use_megatron_fsdp": "pictures are drawn by some ranks only: use --use-distributed-optimizer",
+    "use_torch_fsdp2": "pictures are drawn by some ranks only: use --use-distributed-optimizer",
     "tokens": "images are counted in epochs: use --epochs",
     "train_samples": "use --train-iters or --epochs",
     "data_path": "use --train-data-path and --valid-data-path",
@@ -112,11 +117,21 @@ def add_vision_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def derive(args: argparse.Namespace, moa: MoAConfig) -> None:
-    """Fills in what Megatron wants to know and the image sizes decide."""
+def derive(
+    args: argparse.Namespace, moa: MoAConfig, given: Collection[str], gated_recipe: bool
+) -> None:
+    """Fills in what Megatron wants to know and the image sizes decide.
+
+    Args:
+        args: changed in place.
+        moa: settings of the method.
+        given: destinations that the user has set; they stay.
+        gated_recipe: whether the recipe's widths are meant for gated FFNs.
+    """
     decoder = args.mae_decoder_width
-    if args.mae_decoder_ffn is None:
-        gated = args.swiglu or moa.gated
+    gated = bool(args.swiglu)
+    ungated = moa.mixing != "fixed" and gated_recipe and not gated and not args.use_checkpoint_args
+    if args.mae_decoder_ffn is None or (ungated and "mae_decoder_ffn" not in given):
         args.mae_decoder_ffn = int(8 * decoder / 3) if gated else 4 * decoder
     args.mae_decoder_ffn = -(-args.mae_decoder_ffn // args.moa_align) * args.moa_align
     if args.patch_dim > 0:

@@ -39,6 +39,7 @@ class InputWait:
 
     def __init__(self) -> None:
         self.waited = self.elapsed = 0.0
+        self.logged = -1
         self._last: tuple[float, float] | None = None
         self._started = False
 
@@ -70,18 +71,29 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: Any) 
     with ranges.step(number) if model.training else nullcontext():
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
-        images, samples = _batch(data_iterator, model.training, number)
-        visible = visible_of(args, samples).to(images.device)
+        batch = _batch(data_iterator, model.training, number)
+        images, visible = batch["images"], batch["visible"]
         timers("batch-generator").stop()
         with layer_statistics.watching(number if model.training else 0):
             predicted = model(images, visible)
     return predicted, partial(loss_function, patchify(images, args.patch_dim), visible)
 
 
-def visible_of(args: argparse.Namespace, samples: Tensor) -> Tensor:
-    """Visible patches of samples, by their positions in the run: int64 [b, v]."""
-    patches = args.seq_length - 1
-    return visible_patches(args.seed, samples.cpu().numpy(), patches, args.mae_mask_ratio)
+def with_visible(args: argparse.Namespace, data: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A loader's batch with ``visible``, int64 [b, v]: patches that its samples' masks leave."""
+    patches, samples = args.seq_length - 1, data["samples"].numpy()
+    visible = visible_patches(args.seed, samples, patches, args.mae_mask_ratio)
+    return {**data, "visible": visible}
+
+
+def broadcast(data: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``images`` [b, 3, h, w] and ``visible`` [b, v] of tensor-parallel rank 0, on all its ranks.
+
+    Masks are made on the host from what the loader has there: asking the device for the samples
+    would wait for all its work.
+    """
+    images = broadcast_data(["images"], data, torch.float32)
+    return {**images, **broadcast_data(["visible"], data, torch.int64)}
 
 
 def loss_function(
@@ -104,25 +116,27 @@ def loss_function(
 
 def _batch(
     data_iterator: Iterator[dict[str, Tensor]] | None, trains: bool, step: int
-) -> tuple[Tensor, Tensor]:
-    """Images [b, 3, h, w] and positions in the run [b]: read on TP rank 0, broadcast over TP."""
+) -> dict[str, Tensor]:
+    """``images`` and ``visible``: read on TP rank 0, broadcast over TP."""
     data: dict[str, Tensor] = {}
     if data_iterator is not None:
         began = time.perf_counter()
-        data = next(data_iterator)
+        data = with_visible(get_args(), next(data_iterator))
         if trains:
             input_wait.note(began, time.perf_counter())
             _log_wait(step)
         else:
             input_wait.pause()
-    images = broadcast_data(["images"], data, torch.float32)["images"]
-    return images, broadcast_data(["samples"], data, torch.int64)["samples"]
+    return broadcast(data)
 
 
 def _log_wait(step: int) -> None:
     writer, args = get_tensorboard_writer(), get_args()
     share = input_wait.fraction
-    if writer is not None and share is not None and step % args.tensorboard_log_interval == 0:
+    if writer is None or share is None or step % args.tensorboard_log_interval:
+        return
+    if step != input_wait.logged:  # once for all micro-batches
+        input_wait.logged = step
         writer.add_scalar(INPUT_WAIT, share, step)
 
 

@@ -51,6 +51,7 @@ def check_parallelism_that_images_lack() -> None:
         (("--context-parallel-size", "2"), "images have no long context"),
         (("--sequence-parallel",), "197 and 50 tokens do not divide"),
         (("--tokens", "10M"), "use --epochs"),
+        (("--use-torch-fsdp2",), "use --use-distributed-optimizer"),
         (("--num-experts", "4"), "not served with --moa-model mae"),
     ):
         found = refusal(MOCK, *words)
@@ -63,8 +64,25 @@ def check_sizes_follow_the_image() -> None:
     assert args.dataloader_type == "external"
     aligned = prepared(MOCK, "--moa-align", "64", recipe="mae-vit-b").args
     assert (aligned.mae_decoder_ffn, aligned.ffn_hidden_size) == (1408, 2048)
-    type1 = prepared(MOCK, "--moa-variant", "type1", "--set", "mae_decoder_ffn=null").args
+    type1 = prepared(MOCK, "--moa-variant", "type1").args
     assert (type1.ffn_hidden_size, type1.mae_decoder_ffn) == (4 * 96, 4 * 48)
+
+
+def check_old_checkpoints_are_not_other_models() -> None:
+    import copy
+
+    from moa_megatron import checkpoints
+
+    for words in (("tiny-dense",), ("tiny-dense", "--moa-model", "gpt"), ("tiny-mae",)):
+        args = prepared(MOCK, *words[1:], recipe=words[0]).args
+        saved = copy.copy(args)
+        saved.num_query_groups = saved.num_attention_heads  # as Megatron leaves it
+        if words[0] != "tiny-mae":
+            for name in [name for name in vars(saved) if name.startswith("mae_")]:
+                delattr(saved, name)
+        assert checkpoints.differences(args, saved) == []
+    saved.mae_decoder_width = 64
+    assert "mae_decoder_width: checkpoint 64" in checkpoints.differences(args, saved)[0]
 
 
 def check_learning_rates_follow_the_variant() -> None:

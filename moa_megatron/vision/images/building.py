@@ -57,23 +57,25 @@ def build(
     sources = formats.scan(inputs)
     path = _path(sources, cache_dir, grey)
     found = _remembered(path)
+    bad_list = path.with_suffix(".bad.txt")
     if found is None:
         found = _built(sources, grey, workers or len(os.sched_getaffinity(0)), progress)
         index.save(found, path)
         found = dataclasses.replace(found, file=path)
+        if found.bad:
+            _list_bad(found, bad_list)
     if found.bad:
-        _judge(found, _list_bad(found, path.with_suffix(".bad.txt")), max_bad_fraction)
+        _judge(found, bad_list, max_bad_fraction)
     return found
 
 
-def find(inputs: Sequence[Path], cache_dir: Path, grey: bool = False) -> Path | None:
-    """The file that `build` has written for some inputs, or None where it would build it anew.
+def remembered(inputs: Sequence[Path], cache_dir: Path, grey: bool = False) -> ImageIndex | None:
+    """What `build` has written for some inputs, or None where it would build it anew.
 
     Raises:
         RefusedError: an input is not what it should be.
     """
-    path = _path(formats.scan(inputs), cache_dir, grey)
-    return path if path.exists() else None
+    return _remembered(_path(formats.scan(inputs), cache_dir, grey))
 
 
 def _path(sources: Sequence[formats.Source], cache_dir: Path, grey: bool) -> Path:
@@ -164,13 +166,12 @@ def _assembled(listing: Listing, verdicts: Sequence[checking.Verdict]) -> ImageI
     )
 
 
-def _list_bad(found: ImageIndex, path: Path) -> Path:
+def _list_bad(found: ImageIndex, path: Path) -> None:
     """Writes the list of bad images, one a line: path, tabulator, reason."""
     text = "".join(f"{name}\t{reason}\n" for name, reason in found.bad)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     partial.write_text(text, errors="surrogateescape")
     os.replace(partial, path)
-    return path
 
 
 def bad_by_reason(found: ImageIndex) -> Counter[str]:

@@ -38,6 +38,7 @@ Batch = dict[str, Tensor]
 
 _READERS = 16  # threads: they wait for the file system, and hardly compute
 _READ_AHEAD = 3  # batches read before they are decoded
+_SHOWN = 10  # images that an error names
 _READY = 2  # finished batches that wait
 
 
@@ -253,11 +254,16 @@ class ImageLoader:
                 problems[self.index.path(row)] = f"{verdict} high and wide, {shape} when indexed"
         if problems:
             return self._changed(problems)
-        names = ", ".join(self.index.path(row) for row in rows)
-        return RuntimeError(f"DALI failed ({error}) at one of: {names}")
+        return RuntimeError(
+            f"DALI failed at {len(rows)} images that can be decoded one by one, "
+            f"{self.index.path(rows[0])} the first: {error}"
+        )
 
     def _changed(self, problems: dict[str, str]) -> ImagesChangedError:
-        told = "\n".join(f"  {path}: {reason}" for path, reason in problems.items())
+        shown = list(problems.items())[:_SHOWN]
+        told = "\n".join(f"  {path}: {reason}" for path, reason in shown)
+        if len(problems) > len(shown):
+            told += f"\n  and {len(problems) - len(shown)} more"
         return ImagesChangedError(
             f"images vanished or changed after they were indexed:\n{told}\n"
             "restore them, or start again: the index is then built anew, and the order another"
