@@ -1,9 +1,10 @@
 """Encoded images and windows in, normalised float images out, by DALI.
 
 On a GPU DALI does everything there. On a CPU it decodes, and only the window; torch resizes and
-numpy normalises, image by image on a few threads: of DALI's own CPU operators resizing alone takes
-longer than decoding (docs/results/2026-11-22-images.md). Both filter linearly over the window's
-whole pixels (antialiased) and round to 8 bits in between, as torchvision does.
+numpy normalises, image by image on a few threads: DALI's own CPU operators for that take twice as
+long as decoding (docs/results/2026-11-22-images.md). Both filter linearly over the window's whole
+pixels (antialiased) and round to 8 bits in between, as torchvision does; the outermost pixels
+differ, for there DALI repeats the last one.
 """
 
 from __future__ import annotations
