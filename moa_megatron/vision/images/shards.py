@@ -124,7 +124,7 @@ def _records(path: Path, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
 @functools.cache
 def _example() -> Any:
     """The parser of tf.train.Example; TensorFlow, which has the class, is not needed for it."""
-    from google.protobuf import (  # type: ignore[import-untyped]
+    from google.protobuf import (
         descriptor_pb2,
         descriptor_pool,
         message_factory,
