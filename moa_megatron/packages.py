@@ -17,6 +17,8 @@ TE_INSTALL = "pip install --no-build-isolation 'transformer-engine[pytorch]==2.1
 # Modules of the extra `vision`, and the distributions that bring them.
 VISION = {
     "nvidia.dali": "nvidia-dali-cuda130",
+    "PIL": "pillow",
+    "google.protobuf": "protobuf",
     "mlxtend": "mlxtend",
     "safetensors": "safetensors",
     "sklearn": "scikit-learn",

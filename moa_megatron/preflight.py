@@ -104,7 +104,7 @@ def index_problems(args: argparse.Namespace) -> list[str]:
 
     Megatron would take them for good.
     """
-    if args.moa_model == "mae":
+    if getattr(args, "moa_model", None) == "mae":
         return []
     try:
         prefixes = [] if args.mock_data else data_prefixes(args)
