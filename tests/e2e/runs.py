@@ -18,6 +18,15 @@ SMALL = [
     *("--train-iters", "6", "--eval-interval", "3", "--eval-iters", "1", "--log-interval", "1"),
     *("--tensorboard-log-interval", "1", "--save-interval", "3"),
 ]
+SMALL_MAE = [
+    *("--num-layers", "2", "--hidden-size", "32", "--ffn-hidden-size", "24"),
+    *("--num-attention-heads", "2", "--mae-decoder-layers", "1", "--mae-decoder-width", "16"),
+    *("--mae-decoder-heads", "2", "--mae-decoder-ffn", "16", "--mae-pictures", "3"),
+    *("--global-batch-size", "16", "--micro-batch-size", "4", "--eval-iters", "2"),
+    *("--train-iters", "6", "--eval-interval", "3", "--save-interval", "3"),
+    *("--lr-warmup-iters", "1", "--log-interval", "1", "--tensorboard-log-interval", "1"),
+    *("--moa-log-interval", "3"),
+]
 SMALL_MOE = [*SMALL, "--moe-ffn-hidden-size", "12", "--moe-shared-expert-intermediate-size", "20"]
 
 

@@ -9,25 +9,7 @@ from PIL import Image
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from moa_megatron import telemetry
-from tests.e2e.runs import Outcome, local, pretrain
-
-SMALL = [
-    *("--num-layers", "2", "--hidden-size", "32", "--ffn-hidden-size", "24"),
-    *("--num-attention-heads", "2", "--mae-decoder-layers", "1", "--mae-decoder-width", "16"),
-    *("--mae-decoder-heads", "2", "--mae-decoder-ffn", "16", "--mae-pictures", "3"),
-    *("--global-batch-size", "16", "--micro-batch-size", "4", "--eval-iters", "2"),
-    *("--train-iters", "6", "--eval-interval", "3", "--save-interval", "3"),
-    *(
-        "--lr-warmup-iters",
-        "1",
-        "--moa-log-interval",
-        "3",
-        "--log-interval",
-        "1",
-        "--tensorboard-log-interval",
-        "1",
-    ),
-]
+from tests.e2e.runs import SMALL_MAE, Outcome, local, pretrain
 
 
 def losses(run: Outcome) -> list[float]:
@@ -44,7 +26,7 @@ def tensors(run: Outcome) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    return pretrain(tmp_path_factory.mktemp("mae") / "whole", "tiny-mae", *SMALL)
+    return pretrain(tmp_path_factory.mktemp("mae") / "whole", "tiny-mae", *SMALL_MAE)
 
 
 def test_a_finished_run_shows_what_it_saw(finished: Outcome) -> None:
@@ -69,8 +51,8 @@ def test_stop_and_resume_equals_the_run_that_never_stopped(
     finished: Outcome, tmp_path: Path
 ) -> None:
     folder = tmp_path / "stopped"
-    assert pretrain(folder, "tiny-mae", *SMALL, "--exit-interval", "3").code == 75
-    resumed = pretrain(folder, "tiny-mae", *SMALL)
+    assert pretrain(folder, "tiny-mae", *SMALL_MAE, "--exit-interval", "3").code == 75
+    resumed = pretrain(folder, "tiny-mae", *SMALL_MAE)
     assert resumed.code == 0 and resumed.status["step"] == 6
     assert losses(resumed) == losses(finished)
     ours, theirs = tensors(resumed), tensors(finished)
@@ -83,7 +65,7 @@ def test_stop_and_resume_equals_the_run_that_never_stopped(
 def test_other_layouts_see_the_same_images(finished: Outcome, tmp_path: Path) -> None:
     """Started on one rank and continued on two, which differs by rounding alone."""
     folder = tmp_path / "grown"
-    words = ["tiny-mae", *SMALL, "--use-distributed-optimizer"]
+    words = ["tiny-mae", *SMALL_MAE, "--use-distributed-optimizer"]
     assert pretrain(folder, *words, "--exit-interval", "3").code == 75
     grown = local(folder, *words, NPROC="2")
     assert grown.code == 0 and "continues from" in grown.output
@@ -92,7 +74,7 @@ def test_other_layouts_see_the_same_images(finished: Outcome, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_two_data_parallel_ranks_equal_one(finished: Outcome, tmp_path: Path) -> None:
-    words = ["tiny-mae", *SMALL, "--use-distributed-optimizer"]
+    words = ["tiny-mae", *SMALL_MAE, "--use-distributed-optimizer"]
     pair = local(tmp_path / "pair", *words, NPROC="2")
     assert pair.code == 0
     assert losses(pair) == pytest.approx(losses(finished), rel=1e-3)
@@ -101,7 +83,7 @@ def test_two_data_parallel_ranks_equal_one(finished: Outcome, tmp_path: Path) ->
 @pytest.mark.slow
 def test_two_tensor_parallel_ranks_equal_one(finished: Outcome, tmp_path: Path) -> None:
     """From the same weights: ranks that share a matrix draw parts of it from their own streams."""
-    words = ["tiny-mae", *SMALL, "--finetune", "--load", str(finished.folder / "checkpoints")]
+    words = ["tiny-mae", *SMALL_MAE, "--finetune", "--load", str(finished.folder / "checkpoints")]
     one = pretrain(tmp_path / "one", *words)
     pair = local(tmp_path / "pair", *words, "--tensor-model-parallel-size", "2", NPROC="2")
     assert (one.code, pair.code) == (0, 0)
@@ -117,7 +99,7 @@ def test_bad_images_are_refused_by_name(tmp_path: Path) -> None:
         Image.fromarray(pixels).save(folder / f"good{index}.jpg")
     (folder / "empty.jpg").touch()
     data = ["--train-data-path", str(folder.parent), "--valid-data-path", str(folder.parent)]
-    refused = pretrain(tmp_path / "run", "tiny-mae", *SMALL, *data)
+    refused = pretrain(tmp_path / "run", "tiny-mae", *SMALL_MAE, *data)
     assert refused.code == 78 and not (tmp_path / "run").exists()
     assert "1 of 9 images are bad" in refused.output and "empty.jpg" in refused.output
     assert "--moa-max-bad-images" in refused.output and "Traceback" not in refused.output
