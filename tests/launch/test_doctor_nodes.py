@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 from pathlib import Path
 
 from tests.e2e.runs import ROOT, environment
@@ -26,4 +27,7 @@ def test_all_nodes_are_one_report(cluster: Cluster, shared: Path) -> None:
     assert not errors, said
     assert done.returncode == said["exit_code"]
     assert list(shared.iterdir()) == [], "what was written to try the disk is gone"
-    assert cluster.processes("doctor_checks.worker") == []
+    deadline = time.monotonic() + 10  # srun may end before the kernel has cleaned up behind it
+    while (left := cluster.processes("doctor_checks.worker")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert left == []
