@@ -84,6 +84,9 @@ def problems(args: argparse.Namespace, saved: Any) -> list[str]:
     if before is None or args.finetune or args.skip_train:
         return []
     now = getattr(args, NAME)
+    if getattr(args, "moa_model", None) == "mae":
+        # A dry run checks no images, and leaves out what it does not know of them.
+        now = {**{key: before[key] for key in before if key not in now}, **now}
     if before.get(_VALIDATION) != now.get(_VALIDATION):
         logger.warning("the validation data is not that of the checkpoint's run")
         now = {**now, _VALIDATION: before.get(_VALIDATION)}

@@ -85,6 +85,11 @@ def identity(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_paths(args: argparse.Namespace) -> None:
+    if not args.train_data_path and args.valid_data_path:
+        raise RefusedError(
+            f"--valid-data-path {' '.join(args.valid_data_path)} without --train-data-path: give "
+            "both, or neither where the recipe has images of its own"
+        )
     if not args.train_data_path:
         raise RefusedError(
             f"no images: {args.moa_recipe} comes without data. Give --train-data-path and "

@@ -40,6 +40,8 @@ def test_a_finished_run_shows_what_it_saw(finished: Outcome) -> None:
     grid = np.asarray(Image.open(status["reconstruction"]).convert("RGB"))
     assert Path(status["reconstruction"]).name == "step_0000006.png"
     assert grid.std() > 20, "an empty picture"
+    (events,) = (finished.folder / "tensorboard").glob("events*")
+    assert b"reconstructions" in events.read_bytes()
     tags = telemetry.read_scalars(finished.folder / "tensorboard", ("input wait",))
     assert tags["input wait"].steps[-1] == 6
     statistics = telemetry.read_statistics(finished.folder / "tensorboard")

@@ -93,6 +93,7 @@ def check_learning_rates_follow_the_variant() -> None:
 def check_images_must_be_named() -> None:
     assert "--train-data-path and --valid-data-path" in refusal(recipe="mae-vit-b")
     folder = str(Path(__file__).parent)
+    assert "without --train-data-path: give both" in refusal("--valid-data-path", folder)
     assert "--valid-data-path is missing" in refusal("--train-data-path", folder)
     assert "no images" in refusal("--train-data-path", folder, "--valid-data-path", folder)
 
@@ -107,6 +108,25 @@ def check_a_dry_run_checks_no_images() -> None:
         assert "not checked yet" in prepared("--moa-cache-dir", cache).data
         assert not list(Path(cache).glob("images/*"))
         assert digits.digits(Path(cache)).train.is_dir()
+
+
+def check_a_dry_run_of_a_continuation_knows_no_images() -> None:
+    import copy
+    import tempfile
+
+    from moa_megatron import identity
+
+    with tempfile.TemporaryDirectory() as cache:
+        args = prepared("--moa-cache-dir", cache).args
+    saved = copy.copy(args)
+    before = {**identity.describe(args), "training data": "0123456789ab"}
+    args.load, args.moa_data_identity = "somewhere", identity.describe(args)
+    saved.moa_data_identity = before
+    assert identity.problems(args, saved) == []
+    args.moa_image_digests = {"train": "ba9876543210"}
+    args.moa_data_identity = identity.describe(args)
+    (problem,) = identity.problems(args, saved)
+    assert "training data: checkpoint 0123456789ab, this run ba9876543210" in problem
 
 
 def check_weight_decay_spares_tokens_norms_and_biases() -> None:

@@ -90,11 +90,11 @@ class ImageIndex:
 
     def describe(self) -> str:
         """One line for the log."""
-        classes = len(np.unique(self.label[self.label >= 0]))
+        classes, size = len(np.unique(self.label[self.label >= 0])), int(self.size.sum())
         parts = [
             f"{len(self):,} images",
             f"{classes:,} classes" if classes > 1 else "",
-            f"{self.size.sum() / 1e9:,.2f} GB",
+            f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB",
             f"median {np.median(self.width):.0f}x{np.median(self.height):.0f}",
             f"{len(self.bad):,} bad left out" if self.bad else "",
             f"digest {self.digest}",
