@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from moa_megatron.config import MoAConfig
 from moa_megatron.gates import MoAGate, gate_logits
+from moa_megatron.op import resolve_backend
 
 _Offsets = tuple[tuple[int, int, int], ...]
 
@@ -69,8 +70,12 @@ class MoAGroupedGate(nn.Module):
         weights = copy_to_tensor_model_parallel_region(weights, group=self.groups.expt_tp)
         if self.moa.mixing == "la":
             return weights
-        # A product for each expert, though this is a grouped one: torch's grouped kernel rounds
-        # its output to bfloat16, and on float32 is this loop plus a wait for the device.
+        if resolve_backend(self.moa.backend, x_Td.device.type, x_Td.dtype) == "triton":
+            from moa_megatron.kernels import triton_gates
+
+            if x_Td.dtype == weights.dtype:
+                return triton_gates.grouped_logits(x_Td, weights, tokens_per_expert)
+        # torch's grouped product would round the logits to bfloat16.
         parts = zip(x_Td.split(list(tokens_per_expert)), weights, strict=True)
         return torch.cat([gate_logits(x, weight) for x, weight in parts])
 

@@ -53,7 +53,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     allocate = Tensor.new_empty
 
     def poison(self: Tensor, *words: Any, **keywords: Any) -> Tensor:
-        return allocate(self, *words, **keywords).fill_(torch.nan)
+        fresh = allocate(self, *words, **keywords)
+        return fresh.fill_(torch.nan) if fresh.is_floating_point() else fresh
 
     monkeypatch.setattr(Tensor, "new_empty", poison)
     yield
