@@ -3,6 +3,7 @@
 
   --op      the mixture over SwiGLU: time, copy bandwidth, memory
   --layer   a whole FFN over Megatron's MLP, and what its parts take
+  --experts all routed experts of a rank: sequential, grouped, on Transformer Engine, FP8
   --step    whole runs of a recipe: start-up and steps (the default)
   --static  the GPU kernels' machine code, compiled here; needs no GPU
 
@@ -33,6 +34,9 @@ EXAMPLES = {
     "layer": """
   tools/bench.py --layer                                 dense FFN and one expert
   tools/bench.py --layer --kinds dense --hidden-size 1280 --width 3413 --variants bi""",
+    "experts": """
+  tools/bench.py --experts                               one MoE layer's share of moe-2b
+  tools/bench.py --experts --experts-per-rank 8 --variants qd --fp8 tensorwise blockwise""",
     "step": """
   tools/bench.py                                         tiny-moe, three pairs of runs
   tools/bench.py --step --recipe tiny-dense --steps 40 --pairs 5""",

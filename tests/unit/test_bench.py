@@ -106,7 +106,7 @@ def test_help_shows_examples_of_every_mode(
 ) -> None:
     assert tool.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for mode in ("op", "layer", "step", "static"):
+    for mode in ("op", "layer", "experts", "step", "static"):
         assert f"tools/bench.py --{mode}" in text
         with pytest.raises(SystemExit) as ended:
             tool.main([f"--{mode}", "--help"])
@@ -126,6 +126,15 @@ def test_help_shows_examples_of_every_mode(
         (["--op", "--dtype", "fp8"], "--dtype 'fp8' is unknown: choose from fp32, bf16, fp16"),
         (["--layer", "--kinds", "moe"], "--kinds 'moe' is unknown: choose from dense, expert"),
         (["--op", "--rows", "0"], "--rows 0: must be positive"),
+        (
+            ["--experts", "--variants", "type1"],
+            "--variants 'type1' is unknown: choose from one, bi, qd",
+        ),
+        (["--experts", "--experts-per-rank", "0"], "--experts-per-rank 0: must be positive"),
+        (
+            ["--experts", "--fp8", "tensorwise", "--device", "cpu"],
+            "--fp8 tensorwise: needs Transformer Engine, on a GPU",
+        ),
         (["--op", "--layer"], "--op and --layer: one mode at a time"),
     ],
 )
