@@ -24,7 +24,7 @@ part() { # NAME COMMAND...
 }
 
 part tests "$python" -m pytest -q -p no:cacheprovider \
-  tests/kernels/triton tests/kernels/test_grouped_gpu.py
+  tests/kernels/triton tests/kernels/test_grouped_gpu.py tests/gpu
 part op "$python" tools/bench.py --op --json "$out/op.json"
 part layer "$python" tools/bench.py --layer --json "$out/layer.json"
 exit "$failed"
