@@ -215,6 +215,14 @@ class Cluster:
         """``scancel`` with these words."""
         self.run("scancel", *words)
 
+    def clear(self) -> None:
+        """Cancels every job that has not ended, and waits for their ends."""
+        left = [job["JobId"] for job in self.jobs() if job["JobState"] not in TERMINAL]
+        if left:
+            self.cancel(*left)
+        for job in left:
+            self.wait(job, 90)
+
     def processes(self, marker: str) -> list[int]:
         """Living processes with ``marker`` in their command or environment, but the caller's."""
         ours = {os.getpid(), *(process.pid for process in psutil.Process().parents())}

@@ -20,6 +20,14 @@ def cluster() -> Iterator[slurm.Cluster]:
         yield running
 
 
+@pytest.fixture(autouse=True)
+def empty_queue(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that failed leaves jobs, which would keep the next ones from their nodes."""
+    yield
+    if "cluster" in request.fixturenames:
+        request.getfixturevalue("cluster").clear()
+
+
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Path]:
     """A folder that all nodes see: /tmp is refused as one that each node has for itself."""
