@@ -47,7 +47,7 @@ slow-parallel: setup
 slow-runs: setup  ## signals, twins of the recipes, golden losses, the launcher from scratch
 	$(PYTEST) tests --ignore=tests/image --ignore=tests/parallel -m "slow and not gpu"
 
-gpu: setup  ## on a GPU: kernels against the reference, then op and layer timed
+gpu: setup  ## on a GPU: tests, losses in all number formats, experts, moe-2b timed; see tools/gpu_check.sh --help
 	./tools/gpu_check.sh
 
 compare: setup  ## baseline, LA, one, bi, qd on the tiny recipe: table and picture

@@ -39,7 +39,9 @@ EXAMPLES = {
   tools/bench.py --experts --experts-per-rank 8 --variants qd --fp8 tensorwise blockwise""",
     "step": """
   tools/bench.py                                         tiny-moe, three pairs of runs
-  tools/bench.py --step --recipe tiny-dense --steps 40 --pairs 5""",
+  tools/bench.py --step --recipe tiny-dense --steps 40 --pairs 5
+  tools/bench.py --step --recipe moe-2b --steps 15 \\
+      --flags '--mock-data --moa-align 64 --micro-batch-size 16 --global-batch-size 16'""",
     "static": """
   tools/bench.py --static --arch 90 --variant bi --width 2048""",
 }
@@ -71,6 +73,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except ValueError as error:
         sys.stderr.write(f"refused: {error}\n")
         return REFUSED
+    except RuntimeError as error:
+        sys.stderr.write(f"a run failed: {error}\n")
+        return FAILED
     line = json.dumps(result)
     if options.json:
         options.json.write_text(line + "\n", encoding="utf-8")

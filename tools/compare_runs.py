@@ -96,7 +96,7 @@ def _trained(options: argparse.Namespace) -> list[Result]:
     for number, (name, seed) in enumerate(jobs, start=1):
         folder = options.out / f"{options.train}-{name.lower().replace(' ', '-')}-seed{seed}"
         flags = [*VARIANTS[name], "--seed", str(seed), *options.flags.split()]
-        status = _resumable(folder, [options.train, *flags])
+        status = resumable(folder, [options.train, *flags])
         if status is None or status["state"] != "finished":
             print(f"[{number}/{len(jobs)}] {name}, seed {seed}", flush=True)
             command = [str(launcher), options.train, "--run-dir", str(folder), *flags]
@@ -107,7 +107,7 @@ def _trained(options: argparse.Namespace) -> list[Result]:
     return results
 
 
-def _resumable(folder: Path, words: list[str]) -> dict[str, Any] | None:
+def resumable(folder: Path, words: list[str]) -> dict[str, Any] | None:
     """Status of an earlier run of the same command; another command's run is refused."""
     record = folder / "command.json"
     if record.exists() and json.loads(record.read_text()) != words:

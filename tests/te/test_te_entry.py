@@ -69,6 +69,24 @@ def check_megatron_accepts_what_the_table_calls_built() -> None:
     assert not refused, refused
 
 
+def check_every_side_of_the_comparisons_is_accepted() -> None:
+    """tools/check_numerics.py and tools/bench.py --step on a GPU: no side ends with a refusal."""
+    tiny.start()
+    from tools.benchmarks.sides import SIDES
+
+    refused = {}
+    for recipe in ("tiny-dense", "tiny-moe", "moe-2b", "dense-0.5b"):
+        experts = bool(recipes.load(recipe).get("num_experts"))
+        for name, side in SIDES.items():
+            if ("dense" if experts else "experts") in side.needs:
+                continue
+            try:
+                prepare(recipe, *side.flags)
+            except recipes.RefusedError as error:
+                refused[recipe, name] = str(error)
+    assert not refused, refused
+
+
 CHECKS = [name for name in globals() if name.startswith("check_")]
 
 

@@ -1,24 +1,25 @@
-"""Whole runs of a recipe: start-up and training steps, MoA over Megatron's fixed activation.
+"""Whole runs of a recipe: start-up, step time, tokens/s, model FLOP utilisation, memory.
 
-MoA and baseline run in turn, so that a drift of the machine meets both; quote the ratios.
+Sides (MoA and its baseline, or others) run in turn, so that a drift of the machine meets all of
+them; quote the ratios.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
+from moa_megatron import telemetry
+from tools.benchmarks import report, runs
+from tools.benchmarks.sides import SIDES
+
 ROOT = Path(__file__).resolve().parents[2]
-_ITERATION = re.compile(r"iteration +(\d+)/.*elapsed time per iteration \(ms\): ([0-9.]+)")
-VARIANTS = {"moa": ["--moa-mixing", "moa"], "fixed": ["--moa-mixing", "fixed"]}
 
 # Seconds before training starts, split into what Megatron needs anyway and what comes on top.
 _START_UP = """
@@ -54,11 +55,12 @@ print(json.dumps({"megatron": upstream, "moa_megatron": ready - begin - upstream
 """
 
 
-def start_up(recipe: str) -> dict[str, float]:
+def start_up(recipe: str, flags: str) -> dict[str, float]:
     """Seconds from a fresh interpreter to accepted arguments, corpus already prepared."""
     with tempfile.TemporaryDirectory() as folder:
+        words = [recipe, "--run-dir", f"{folder}/run", *flags.split()]
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", _START_UP, recipe, "--run-dir", f"{folder}/run"],
+            [sys.executable, "-W", "ignore", "-c", _START_UP, *words],
             capture_output=True,
             text=True,
             cwd=ROOT,
@@ -68,60 +70,40 @@ def start_up(recipe: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
-def timed_run(recipe: str, steps: int, words: list[str], cache: Path | None) -> tuple[float, float]:
-    """Seconds from the command to its first iteration, and median milliseconds of the others."""
-    first, times = 0.0, []
+def timed_run(options: argparse.Namespace, side: str, *more: str) -> runs.Run:
+    """One run of a side; raises RuntimeError with the output of one that failed."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [str(ROOT / "launch" / "local.sh"), recipe, "--run-dir", f"{folder}/run"]
-        command += ["--train-iters", str(steps), "--log-interval", "1", "--eval-iters", "0"]
-        command += ["--set", "save=null", *words]
-        if cache is not None:
-            command += ["--moa-cache-dir", str(cache)]
-        begin = time.perf_counter()
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
-        )
-        assert process.stdout is not None
-        output = []
-        for line in process.stdout:
-            output.append(line)
-            found = _ITERATION.search(line)
-            if not found:
-                continue
-            if not first:
-                first = time.perf_counter() - begin
-            times.append(float(found.group(2)))
-        if process.wait() or len(times) < 3:
-            raise RuntimeError("".join(output))
-    # Megatron counts its first iteration into the second one's mean.
-    return first, statistics.median(times[2:])
+        words = ["--train-iters", str(options.steps), "--set", "save=null", *SIDES[side].flags]
+        words += [*options.flags.split(), *more]
+        done = runs.train(options.recipe, Path(folder, "run"), words)
+    if done.code or done.step_ms is None:
+        raise RuntimeError(f"{side}: exit code {done.code}\n{done.output}")
+    return done
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All runs of the benchmark; raises RuntimeError with the output of one that failed."""
-    with tempfile.TemporaryDirectory() as empty:
-        cold, _ = timed_run(options.recipe, 3, VARIANTS["moa"], Path(empty, "cache"))
-    print(f"first iteration {cold:.1f} s after the command, corpus not yet prepared", flush=True)
+    cold = None
+    if "--mock-data" not in options.flags:
+        with tempfile.TemporaryDirectory() as empty:
+            words = ("--train-iters", "3", "--moa-cache-dir", f"{empty}/cache")
+            cold = timed_run(options, options.sides[0], *words).first_s
+        print(f"first step {cold:.1f} s after the command, corpus not yet prepared", flush=True)
     starts: list[float] = []
-    steps: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    done: dict[str, list[runs.Run]] = {name: [] for name in options.sides}
     for pair in range(options.pairs):
-        for name, words in VARIANTS.items():
-            start, step = timed_run(options.recipe, options.steps, words, None)
-            starts.append(start)
-            steps[name].append(step)
+        for name in options.sides:
+            run = timed_run(options, name)
+            starts.append(run.first_s)
+            done[name].append(run)
             print(
-                f"pair {pair + 1} {name:<6} start {start:5.1f} s  step {step:7.1f} ms", flush=True
+                f"round {pair + 1} {name:<16} start {run.first_s:5.1f} s  {_words(run)}", flush=True
             )
-    starts_up = [start_up(options.recipe) for _ in range(options.pairs)]
-    ratios = [a / b for a, b in zip(steps["moa"], steps["fixed"], strict=True)]
+    starts_up = [start_up(options.recipe, options.flags) for _ in range(options.pairs)]
     return {
         "recipe": options.recipe,
-        "step_ratio_moa_over_fixed": {
-            "median": statistics.median(ratios),
-            "min": min(ratios),
-            "max": max(ratios),
-        },
-        "step_ms": {name: statistics.median(values) for name, values in steps.items()},
+        "flags": options.flags,
+        "sides": {name: _side(each, done[options.sides[0]]) for name, each in done.items()},
         "start_up_s": {
             name: statistics.median(each[name] for each in starts_up) for name in starts_up[0]
         },
@@ -129,19 +111,93 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _side(done: list[runs.Run], first: list[runs.Run]) -> dict[str, Any]:
+    """Medians over the rounds, and step times over the first side's of the same round."""
+
+    def median(values: list[float | None]) -> float | None:
+        known = [value for value in values if value]
+        return statistics.median(known) if known else None
+
+    ratios = [a.step_ms / b.step_ms for a, b in zip(done, first, strict=True)]  # type: ignore[operator]
+    flops = median([run.flops_per_s for run in done])
+    peak = _peak_flops()
+    return {
+        "step_ms": median([run.step_ms for run in done]),
+        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "tokens_per_s": median([run.tokens_per_s for run in done]),
+        "flops_per_s": flops,
+        "utilisation": flops / peak if flops and peak else None,
+        "peak_bytes": median([run.peak_bytes for run in done]),
+    }
+
+
+def _peak_flops() -> float | None:
+    """FLOP/s in bf16 of this GPU by its data sheet; None for one that is not in the table."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    from moa_megatron.costs.gpus import GPUS
+
+    name = torch.cuda.get_device_name().lower()
+    return next((gpu.bf16 for key, gpu in GPUS.items() if key.split("-")[0] in name), None)
+
+
+def _words(run: runs.Run) -> str:
+    parts = [f"step {run.step_ms:7.1f} ms"]
+    if run.tokens_per_s:
+        parts.append(f"{run.tokens_per_s:,.0f} tokens/s")
+    if run.peak_bytes:
+        parts.append(f"{run.peak_bytes / 2**30:.1f} GiB")
+    return "  ".join(parts)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this mode."""
     parser.add_argument("--recipe", default="tiny-moe", help="default: tiny-moe")
     parser.add_argument("--steps", type=int, default=30, help="steps of each run; default: 30")
-    parser.add_argument("--pairs", type=int, default=3, help="pairs of runs; default: 3")
+    parser.add_argument("--pairs", type=int, default=3, help="rounds of runs; default: 3")
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        metavar="SIDE",
+        default=["fixed", "moa"],
+        help=f"in turn, the first is the baseline; of {', '.join(SIDES)}; default: fixed moa",
+    )
+    parser.add_argument("--flags", default="", help="for every run, such as '--micro-batch-size 8'")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Prints the report and returns it; raises RuntimeError with the output of a failed run."""
+    """Prints the report and returns it.
+
+    Raises:
+        ValueError: for a side that is none.
+        RuntimeError: with the output of a failed run.
+    """
+    report.known("sides", options.sides, SIDES)
     result = measure(options)
-    ratio = result["step_ratio_moa_over_fixed"]
-    print(
-        f"step time, MoA over fixed: {ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
-    )
+    print(table(result["sides"]))
     print("start-up, seconds:", json.dumps(result["start_up_s"]))
     return result
+
+
+def table(sides: dict[str, dict[str, Any]]) -> str:
+    """For people; utilisation is of the GPU's peak in bf16, for FP8 too."""
+
+    def cell(value: float | None, form: str, scale: float = 1.0) -> str:
+        return "" if value is None else format(value * scale, form)
+
+    header = ("side", "step ms", "over the first", "(min-max)", "tokens/s", "MFU", "peak GiB")
+    rows = [
+        (
+            name,
+            f"{each['step_ms']:.1f}",
+            f"{each['ratio']['median']:.3f}",
+            f"{each['ratio']['min']:.3f}-{each['ratio']['max']:.3f}",
+            cell(each["tokens_per_s"], ",.0f"),
+            cell(each["utilisation"], ".1%"),
+            cell(each["peak_bytes"], ".1f", 2.0**-30),
+        )
+        for name, each in sides.items()
+    ]
+    return telemetry.table(header, rows)

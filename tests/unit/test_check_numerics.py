@@ -1,0 +1,169 @@
+"""tools/check_numerics.py: sides, verdicts, refusals, what a log says. Runs are replaced here."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from moa_megatron import runstate, telemetry
+from tools import check_numerics
+from tools.benchmarks import runs
+from tools.benchmarks.sides import SIDES, closed, suited
+
+LOG = """\
+[when] iteration        1/       4 | elapsed time per iteration (ms): 900.0 | throughput per GPU \
+(TFLOP/s/GPU): 1.0 | lm loss: 8.3E+00 | tokens/s: 409 |
+[when] iteration        2/       4 | elapsed time per iteration (ms): 800.0 | throughput per GPU \
+(TFLOP/s/GPU): 2.0 | lm loss: 8.3E+00 | tokens/s: 538 |
+[Rank 0] (after 2 iterations) memory (MB) | allocated: 10.00 | max allocated: 2048.00 | reserved: 9
+[when] iteration        3/       4 | elapsed time per iteration (ms): 100.0 | throughput per GPU \
+(TFLOP/s/GPU): 300.5 | lm loss: 8.3E+00 | tokens/s: 1,055 |
+[when] iteration        4/       4 | elapsed time per iteration (ms): 120.0 | throughput per GPU \
+(TFLOP/s/GPU): 299.5 | lm loss: 8.3E+00 | tokens/s: 1,035 |
+"""
+
+
+def test_a_log_tells_speed_and_memory_without_the_first_steps() -> None:
+    run = runs.Run(0, LOG)
+    assert (run.step_ms, run.tokens_per_s) == (110.0, 1045.0)
+    assert run.flops_per_s == 300e12 and run.peak_bytes == 2 * 2**30
+    silent = runs.Run(78, "refused: no corpus\nmore\n")
+    assert silent.refusal == "no corpus"
+    assert silent.step_ms is silent.tokens_per_s is silent.flops_per_s is silent.peak_bytes is None
+
+
+def test_every_side_comes_after_what_it_is_held_against() -> None:
+    names = list(SIDES)
+    for name, side in SIDES.items():
+        assert side.against is None or names.index(side.against) < names.index(name)
+        assert (side.bound > 0) == (side.against is not None)
+        assert set(side.needs) <= {"experts", "dense", "engine", "cuda"}
+    assert closed(["fp8-blockwise"]) == ["fp32", "bf16", "fp8-blockwise"]
+    assert closed(["moa", "fp32"]) == ["fp32", "moa"]
+
+
+def test_machine_and_recipe_choose_the_sides() -> None:
+    host = suited(True, frozenset())
+    assert {"fp32", "bf16", "grouped", "recompute-moe"} <= set(host)
+    assert not {"fp8-delayed", "recompute-mlp", "no-fusion", "moa", "fixed"} & set(host)
+    gpu = suited(False, frozenset({"cuda", "engine"}))
+    assert {"fp8-delayed", "recompute-mlp", "no-fusion", "cuda-graphs"} <= set(gpu)
+    assert "grouped" not in gpu
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Replaces training: each side ends at the given loss, or at an exit code and what it says."""
+
+    def replace(**ends: Any) -> list[str]:
+        names: list[str] = []
+
+        def train(recipe: str, folder: Path, words: list[str], *, log: Path) -> runs.Run:
+            names.append(folder.name)
+            end = ends.get(folder.name.replace("-", "_"), 4.0)
+            if isinstance(end, tuple):
+                log.write_text(end[1])
+                return runs.Run(*end)
+            log.write_text(LOG)
+            steps = int(words[words.index("--train-iters") + 1])
+            with SummaryWriter(str(folder / "tensorboard")) as writer:
+                for step in range(steps):
+                    writer.add_scalar(telemetry.TRAIN_LOSS, 8.0 if step < steps - 2 else end, step)
+            runstate.write_status(folder, "finished", 0)
+            return runs.Run(0, LOG)
+
+        monkeypatch.setattr(runs, "train", train)
+        monkeypatch.setattr(check_numerics, "available", frozenset)
+        return names
+
+    return replace
+
+
+def check(folder: Path, *words: str) -> tuple[int, dict[str, Any]]:
+    code = check_numerics.main(["tiny-moe", "--steps", "20", "--out", str(folder), *words])
+    file = folder / "numerics.json"
+    rows = json.loads(file.read_text())["sides"] if file.exists() else []
+    return code, {row["side"]: row for row in rows}
+
+
+def test_losses_within_the_bounds_pass(
+    trained: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = trained(fp32=3.984, recompute_moe=4.002)
+    code, rows = check(tmp_path)
+    assert code == 0 and sorted(names) == sorted(suited(True, frozenset()))
+    assert rows["fp32"]["verdict"] == "reference"
+    assert rows["bf16"]["difference"] == pytest.approx(0.016 / 3.984, rel=1e-4)
+    assert rows["bf16"]["verdict"] == rows["recompute-moe"]["verdict"] == "within"
+    assert rows["bf16"]["step_ms"] == 110.0 and rows["bf16"]["peak_bytes"] == 2 * 2**30
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+    assert "bf16" in (tmp_path / "table.md").read_text()
+    printed = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(f"[{len(names)}/{len(names)}]") for line in printed)
+    assert json.loads(printed[-1])["recipe"] == "tiny-moe"
+
+
+@pytest.mark.parametrize("loss", [4.03, 3.97, math.nan])
+def test_a_loss_outside_its_bound_fails(
+    trained: Callable[..., list[str]], tmp_path: Path, loss: float
+) -> None:
+    trained(fp32=4.0, bf16=loss)
+    code, rows = check(tmp_path, "--sides", "bf16")
+    assert code == 1 and rows["bf16"]["verdict"] == "outside"
+
+
+def test_what_a_run_was_refused_for_is_said(
+    trained: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    trained(grouped=(78, "refused: no such product here\n"))
+    code, rows = check(tmp_path / "all")
+    assert code == 0 and rows["grouped"]["verdict"] == "refused"
+    assert rows["grouped"]["problem"] == "refused: no such product here"
+    code, rows = check(tmp_path / "one", "--sides", "grouped")
+    assert code == 1 and rows["grouped"]["verdict"] == "failed", "it was asked for"
+
+
+def test_a_failed_run_fails_and_shows_its_end(
+    trained: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(fp32=(1, "start\nCUDA error: last words\n"))
+    code, rows = check(tmp_path, "--sides", "bf16")
+    assert code == 1 and rows["fp32"]["verdict"] == rows["bf16"]["verdict"] == "failed"
+    assert "CUDA error: last words" in capsys.readouterr().out
+
+
+def test_finished_runs_are_kept_and_others_refused(
+    trained: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = trained()
+    first = check(tmp_path, "--sides", "bf16")
+    names.clear()
+    assert check(tmp_path, "--sides", "bf16") == first and not names
+    assert check(tmp_path, "--sides", "bf16", "--seed", "7")[0] == 78
+    assert "choose another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sides", "fp7"], "--sides fp7: no such side; choose from fp32, bf16"),
+        (["--steps", "0"], "--steps 0: must be positive"),
+        (["--jobs", "0"], "--jobs 0: must be positive"),
+    ],
+)
+def test_refusals(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check(tmp_path / "new", *words)[0] == 78
+    assert message in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_an_unknown_recipe_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check_numerics.main(["tiny-mo"]) == 78
+    assert "recipe 'tiny-mo' does not exist" in capsys.readouterr().err

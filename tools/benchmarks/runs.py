@@ -1,0 +1,88 @@
+"""Whole runs of a recipe for benchmarks and comparisons: start one, read what its log says."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+_MILLISECONDS = re.compile(r"iteration +\d+/.*elapsed time per iteration \(ms\): ([0-9.]+)")
+_TOKENS = re.compile(r"iteration +\d+/.*tokens/s: ([0-9,]+)")
+_TERAFLOPS = re.compile(r"iteration +\d+/.*throughput per GPU \(TFLOP/s/GPU\): ([0-9.]+)")
+_PEAK = re.compile(r"memory \(MB\).*max allocated: ([0-9.]+)")
+_REFUSED = re.compile(r"^refused: (.*)$", re.MULTILINE)
+# Megatron counts its first iteration into the second one's mean.
+_WARM_UP = 2
+
+
+@dataclass
+class Run:
+    """What one run printed; medians leave the first two steps out, None where the log has none."""
+
+    code: int
+    output: str = field(repr=False)
+    first_s: float = 0.0  # from the command to the first step
+
+    def _median(self, pattern: re.Pattern[str]) -> float | None:
+        values = [float(text.replace(",", "")) for text in pattern.findall(self.output)]
+        return statistics.median(values[_WARM_UP:]) if values[_WARM_UP:] else None
+
+    @property
+    def step_ms(self) -> float | None:
+        """Milliseconds of a step."""
+        return self._median(_MILLISECONDS)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Of all ranks together."""
+        return self._median(_TOKENS)
+
+    @property
+    def flops_per_s(self) -> float | None:
+        """Model FLOP/s of one GPU; the log has tenths of 1e12."""
+        value = self._median(_TERAFLOPS)
+        return value * 1e12 if value else None
+
+    @property
+    def peak_bytes(self) -> float | None:
+        """Most memory that the first rank had allocated on its GPU."""
+        found = _PEAK.findall(self.output)
+        return max(map(float, found)) * 2**20 if found else None
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the entry point did not start, first line."""
+        found = _REFUSED.search(self.output)
+        return found[1] if found else None
+
+
+def train(recipe: str, folder: Path, words: Sequence[str], *, log: Path | None = None) -> Run:
+    """Trains ``recipe`` into ``folder`` and logs every step; writes its output to ``log`` too."""
+    command = [*_launcher(), recipe, "--run-dir", str(folder), "--log-interval", "1"]
+    command += ["--log-throughput", "--eval-iters", "0", *words]
+    begin, first, lines = time.perf_counter(), 0.0, []
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        if not first and _MILLISECONDS.search(line):
+            first = time.perf_counter() - begin
+    output = "".join(lines)
+    if log is not None:
+        log.write_text(output, encoding="utf-8")
+    return Run(process.wait(), output, first)
+
+
+def _launcher() -> list[str]:
+    """The command of the README, where its environment is in use; else this interpreter."""
+    if Path(sys.prefix).resolve() == (ROOT / ".venv").resolve():
+        return [str(ROOT / "launch" / "local.sh")]
+    return [sys.executable, "-m", "moa_megatron.pretrain"]

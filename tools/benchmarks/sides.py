@@ -1,0 +1,106 @@
+"""Ways to run a recipe that should train alike: number formats, modules, recomputation.
+
+``tools/check_numerics.py`` holds their losses against each other, ``tools/bench.py --step`` their
+speed and memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BF16 = ("--set", "bf16=true")
+_FP8 = (*BF16, "--fp8-recipe")
+_SELECTIVE = (*BF16, "--recompute-granularity", "selective", "--recompute-modules")
+_UNIFORM = ("--recompute-method", "uniform", "--recompute-num-layers", "1")
+# Both lose about three decimal digits less than the bounds; what is wrong loses far more.
+_ROUNDING, _FORMAT, _EIGHT_BITS = 1e-3, 5e-3, 1e-2
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to run a recipe.
+
+    Args:
+        flags: of the entry point.
+        against: the side whose loss it is held against; None: it is there for its speed.
+        bound: largest relative difference of the training loss at the end.
+        needs: "experts": recipes with experts only; "dense": without; "engine": Transformer Engine
+            on a GPU; "cuda": a GPU.
+    """
+
+    flags: tuple[str, ...]
+    against: str | None = None
+    bound: float = 0.0
+    needs: tuple[str, ...] = ()
+
+
+def _bf16(*flags: str, needs: tuple[str, ...] = (), bound: float = _FORMAT) -> Side:
+    return Side((*BF16, *flags), "bf16", bound, needs)
+
+
+def _recompute(module: str, *needs: str) -> Side:
+    return Side((*_SELECTIVE, module), "bf16", _ROUNDING, needs)
+
+
+def _fp8(recipe: str, form: str, *flags: str, needs: tuple[str, ...] = ()) -> Side:
+    words = (*_FP8, recipe, "--fp8-format", form, *flags)
+    return Side(words, "bf16", _EIGHT_BITS, ("engine", *needs))
+
+
+SIDES: dict[str, Side] = {
+    "fp32": Side(("--set", "bf16=false")),
+    "bf16": Side(BF16, "fp32", _FORMAT),
+    "sequential": _bf16("--set", "moe_grouped_gemm=false", needs=("experts", "engine")),
+    "grouped": _bf16("--moe-grouped-gemm", needs=("experts",)),
+    "local": _bf16("--transformer-impl", "local", needs=("engine",)),
+    "local-grouped": _bf16(
+        *("--transformer-impl", "local", "--moe-grouped-gemm"), needs=("experts", "engine")
+    ),
+    "recompute-full": _bf16("--recompute-granularity", "full", *_UNIFORM, bound=_ROUNDING),
+    "recompute-mlp": _recompute("mlp", "dense"),
+    "recompute-moe": _recompute("moe", "experts"),
+    "recompute-moe-act": Side(
+        (*_SELECTIVE, "moe_act", "--moe-grouped-gemm"), "bf16", _FORMAT, ("experts",)
+    ),
+    "distributed-optimizer": _bf16(
+        *("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
+    ),
+    "no-fusion": _bf16("--no-gradient-accumulation-fusion", needs=("cuda",)),
+    "cuda-graphs": _bf16("--cuda-graph-impl", "transformer_engine", needs=("engine", "dense")),
+    "fp8-delayed": _fp8("delayed", "hybrid"),
+    "fp8-tensorwise": _fp8("tensorwise", "hybrid"),
+    "fp8-blockwise": _fp8("blockwise", "e4m3"),
+    "fp8-params": _fp8("tensorwise", "hybrid", "--fp8-param-gather", "--use-distributed-optimizer"),
+    # For their speed: the recipe as it is, its baseline, gates of experts.
+    "moa": Side(("--moa-mixing", "moa")),
+    "fixed": Side(("--moa-mixing", "fixed")),
+    "fixed-fp8": Side(
+        (*_fp8("tensorwise", "hybrid").flags, "--moa-mixing", "fixed"), needs=("engine",)
+    ),
+    "expert-gates": Side(("--moa-gate-scope", "expert"), needs=("experts",)),
+}
+
+
+def suited(experts: bool, available: frozenset[str]) -> list[str]:
+    """Names of the sides that are compared, for a recipe and a machine.
+
+    Args:
+        experts: whether the recipe has any.
+        available: of "engine" and "cuda", what the machine has.
+    """
+    have = available | {"experts" if experts else "dense"}
+    return [name for name, side in SIDES.items() if _compared(name) and have.issuperset(side.needs)]
+
+
+def _compared(name: str) -> bool:
+    return SIDES[name].against is not None or any(s.against == name for s in SIDES.values())
+
+
+def closed(names: list[str]) -> list[str]:
+    """``names`` in the order of the table, with the sides that they are held against."""
+    wanted = set(names)
+    for name in reversed(SIDES):  # a side's reference comes before it
+        against = SIDES[name].against
+        if name in wanted and against is not None:
+            wanted.add(against)
+    return [name for name in SIDES if name in wanted]

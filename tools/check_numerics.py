@@ -1,0 +1,211 @@
+#!/usr/bin/env python3
+"""Does a recipe train alike in other number formats, on other modules, with recomputation?
+
+Trains it once for each way ("side"), from the same seed and data, and compares the training loss at
+the end, the mean over the last tenth of the steps: bf16 with fp32, FP8 and the others with bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from moa_megatron import recipes, telemetry  # noqa: E402
+from moa_megatron.runstate import REFUSED  # noqa: E402
+from tools.benchmarks import runs  # noqa: E402
+from tools.benchmarks.sides import SIDES, closed, suited  # noqa: E402
+from tools.compare_runs import resumable  # noqa: E402
+
+_EXAMPLES = """
+examples:
+  tools/check_numerics.py tiny-moe                       all that this machine can run
+  tools/check_numerics.py tiny-moe --sides bf16 grouped recompute-moe --jobs 2
+  tools/check_numerics.py dense-0.5b --sides fp8-blockwise --steps 500 --flags '--mock-data'
+
+exit code: 0 within the bounds, 1 outside one or a run failed, 78 refused
+"""
+_TAIL = 15  # lines of a failed run's log
+
+
+def main(words: list[str] | None = None) -> int:
+    """Prints the comparison; returns the exit code."""
+    options = _parser().parse_args(words)
+    try:
+        for name in ("steps", "jobs"):
+            if getattr(options, name) < 1:
+                raise ValueError(f"--{name} {getattr(options, name)}: must be positive")
+        values = recipes.load(options.recipe)
+        sides = _sides(options.sides, bool(values.get("num_experts")))
+    except ValueError as error:
+        sys.stderr.write(f"refused: {error}\n")
+        return REFUSED
+    options.out.mkdir(parents=True, exist_ok=True)
+    print(f"{len(sides)} runs of {options.recipe}, {options.steps} steps each: {', '.join(sides)}")
+    try:
+        found = _trained(options, sides)
+    except ValueError as error:
+        sys.stderr.write(f"refused: {error}\n")
+        return REFUSED
+    rows = judge(found, set(options.sides or ()))
+    text = markdown(rows)
+    print(f"\n{text}")
+    (options.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    curves = {name: {telemetry.TRAIN_LOSS: each["curve"]} for name, each in found.items()}
+    picture = options.out / "curves.png"
+    title = f"{options.recipe}: training loss"
+    trained = {name: curve for name, curve in curves.items() if found[name]["loss"] is not None}
+    telemetry.draw_losses(trained, title, picture, telemetry.TRAIN_LOSS)
+    print(f"\ntable {options.out / 'table.md'}\npicture {picture}")
+    line = json.dumps({"recipe": options.recipe, "steps": options.steps, "sides": rows})
+    (options.out / "numerics.json").write_text(line + "\n", encoding="utf-8")
+    print(line)
+    return int(any(row["verdict"] in ("outside", "failed") for row in rows))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", help="a name from launch/recipes, or a .yaml file")
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        metavar="SIDE",
+        help=f"of {', '.join(SIDES)}; default: those that this machine can run",
+    )
+    parser.add_argument("--steps", type=int, default=200, help="default: 200")
+    parser.add_argument("--seed", type=int, default=1234, help="default: 1234")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; default: 1")
+    parser.add_argument("--flags", default="", help="for every run, such as '--lr 2e-3'")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/numerics"),
+        help="table and picture; default: %(default)s",
+    )
+    return parser
+
+
+def _sides(asked: list[str] | None, experts: bool) -> list[str]:
+    """The sides to run, with those that they are held against.
+
+    Raises:
+        ValueError: for a name that is none.
+    """
+    unknown = [name for name in asked or () if name not in SIDES]
+    if unknown:
+        raise ValueError(f"--sides {unknown[0]}: no such side; choose from {', '.join(SIDES)}")
+    return closed(asked or suited(experts, available()))
+
+
+def available() -> frozenset[str]:
+    """Of "cuda" and "engine", what this machine has."""
+    import torch
+
+    from tools.benchmarks.grouped import has_engine
+
+    have = {"cuda"} if torch.cuda.is_available() else set()
+    return frozenset(have | ({"engine"} if has_engine() else set()))
+
+
+def _trained(options: argparse.Namespace, sides: list[str]) -> dict[str, dict[str, Any]]:
+    """What every side came to, in their order; says so as they finish."""
+    found: dict[str, dict[str, Any]] = {}
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        waiting = {pool.submit(_side, options, name): name for name in sides}
+        for number, done in enumerate(concurrent.futures.as_completed(waiting), start=1):
+            name, each = waiting[done], done.result()
+            found[name] = each
+            said = each["problem"] or f"loss {each['loss']:.4f}"
+            print(f"[{number}/{len(sides)}] {name}: {said}", flush=True)
+    return {name: found[name] for name in sides}
+
+
+def _side(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Loss, curve and memory of one side; trained earlier, or now."""
+    folder, log = options.out / name, options.out / f"{name}.log"
+    flags = [*SIDES[name].flags, "--train-iters", str(options.steps), "--seed", str(options.seed)]
+    flags += ["--tensorboard-log-interval", "1", "--set", "save=null", *options.flags.split()]
+    status = resumable(folder, [options.recipe, *flags])
+    if status is not None and status["state"] == "finished" and log.exists():
+        run = runs.Run(0, log.read_text(encoding="utf-8"))
+    else:
+        run = runs.train(options.recipe, folder, flags, log=log)
+    facts = {"peak_bytes": run.peak_bytes, "step_ms": run.step_ms, "code": run.code}
+    if run.code:
+        tail = "\n".join(run.output.splitlines()[-_TAIL:])
+        problem = f"refused: {run.refusal}" if run.code == REFUSED else f"failed, {log}:\n{tail}"
+        return {**facts, "loss": None, "curve": telemetry.Curve(), "problem": problem}
+    scalars = telemetry.read_scalars(folder / "tensorboard", (telemetry.TRAIN_LOSS,))
+    curve = scalars.get(telemetry.TRAIN_LOSS, telemetry.Curve())
+    if len(curve.values) < options.steps:
+        problem = f"failed: {len(curve.values)} of {options.steps} steps have a loss, see {folder}"
+        return {**facts, "loss": None, "curve": curve, "problem": problem}
+    last = curve.values[-max(1, options.steps // 10) :]
+    return {**facts, "loss": statistics.fmean(last), "curve": curve, "problem": ""}
+
+
+def judge(found: dict[str, dict[str, Any]], asked: set[str]) -> list[dict[str, Any]]:
+    """One row per side: its loss, the difference to its reference in units of it, a verdict.
+
+    Verdicts: reference, within, outside, failed, refused (failed for a side that was asked for).
+    """
+    rows = []
+    for name, each in found.items():
+        side, difference = SIDES[name], None
+        base = found[side.against]["loss"] if side.against else None
+        if each["loss"] is None:
+            refused = each["code"] == REFUSED and name not in asked
+            verdict = "refused" if refused else "failed"
+        elif side.against is None:
+            verdict = "reference"
+        elif base is None:
+            verdict = "failed"
+        else:
+            difference = each["loss"] / base - 1.0
+            # NaN is outside.
+            verdict = "within" if abs(difference) <= side.bound else "outside"
+        rows.append(
+            {
+                "side": name,
+                "against": side.against,
+                "loss": each["loss"],
+                "difference": difference,
+                "bound": side.bound if side.against else None,
+                "verdict": verdict,
+                "step_ms": each["step_ms"],
+                "peak_bytes": each["peak_bytes"],
+                "problem": each["problem"].splitlines()[0] if each["problem"] else "",
+            }
+        )
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table for people."""
+    header = ("side", "against", "loss", "difference", "bound", "verdict", "peak GiB", "")
+    cells = [
+        (
+            row["side"],
+            row["against"] or "",
+            "" if row["loss"] is None else f"{row['loss']:.4f}",
+            "" if row["difference"] is None else f"{row['difference']:+.3%}",
+            "" if row["bound"] is None else f"{row['bound']:.1%}",
+            row["verdict"],
+            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f}",
+            row["problem"],
+        )
+        for row in rows
+    ]
+    return telemetry.table(header, cells)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
