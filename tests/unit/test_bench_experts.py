@@ -104,7 +104,7 @@ CHECKS = [name for name in globals() if name.startswith("check_")]
 
 @pytest.fixture(scope="module")
 def failures() -> dict[str, str]:
-    return isolated.outcomes(__file__, CHECKS)
+    return isolated.outcomes(__file__, CHECKS, fresh=True)
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -168,7 +168,7 @@ SINGLE = [
 
 @pytest.fixture(scope="module")
 def single() -> dict[str, str]:
-    return isolated.outcomes(__file__, SINGLE)
+    return isolated.outcomes(__file__, SINGLE, fresh=True)
 
 
 @pytest.mark.parametrize("check", SINGLE)

@@ -298,7 +298,7 @@ CHECKS = [
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, str]:
-    return isolated.outcomes(__file__, ["install_host", *CHECKS])
+    return isolated.outcomes(__file__, ["install_host", *CHECKS], fresh=True)
 
 
 def install_host() -> None:
