@@ -155,9 +155,10 @@ def _side(options: argparse.Namespace, name: str) -> dict[str, Any]:
 def judge(found: dict[str, dict[str, Any]], asked: set[str]) -> list[dict[str, Any]]:
     """One row per side: its loss, the difference to its reference in units of it, a verdict.
 
-    Verdicts: reference, within, outside, failed, refused (failed for a side that was asked for).
+    Verdicts: reference, within, outside, failed, refused (failed for a side that was asked for); a
+    side shares the lot of its reference where that has no loss.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, each in found.items():
         side, difference = SIDES[name], None
         base = found[side.against]["loss"] if side.against else None
@@ -167,7 +168,7 @@ def judge(found: dict[str, dict[str, Any]], asked: set[str]) -> list[dict[str, A
         elif side.against is None:
             verdict = "reference"
         elif base is None:
-            verdict = "failed"
+            verdict = next(row["verdict"] for row in rows if row["side"] == side.against)
         else:
             difference = each["loss"] / base - 1.0
             # NaN is outside.

@@ -125,6 +125,7 @@ def test_what_a_run_was_refused_for_is_said(
     code, rows = check(tmp_path / "all")
     assert code == 0 and rows["grouped"]["verdict"] == "refused"
     assert rows["grouped"]["problem"] == "refused: no such product here"
+    assert rows["recompute-moe-act"]["verdict"] == "refused", "there is nothing to hold it against"
     code, rows = check(tmp_path / "one", "--sides", "grouped")
     assert code == 1 and rows["grouped"]["verdict"] == "failed", "it was asked for"
 

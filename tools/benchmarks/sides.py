@@ -12,8 +12,9 @@ BF16 = ("--set", "bf16=true")
 _FP8 = (*BF16, "--fp8-recipe")
 _SELECTIVE = (*BF16, "--recompute-granularity", "selective", "--recompute-modules")
 _UNIFORM = ("--recompute-method", "uniform", "--recompute-num-layers", "1")
-# Both lose about three decimal digits less than the bounds; what is wrong loses far more.
-_ROUNDING, _FORMAT, _EIGHT_BITS = 1e-3, 5e-3, 1e-2
+# The same operations again; bfloat16 for float32; eight bits, or sums in another order, after which
+# tokens near a tie choose other experts (tiny-moe, 200 steps: 0.6 %, docs/results).
+_SAME, _FORMAT, _OTHER = 1e-3, 5e-3, 1e-2
 
 
 @dataclass(frozen=True)
@@ -34,33 +35,35 @@ class Side:
     needs: tuple[str, ...] = ()
 
 
-def _bf16(*flags: str, needs: tuple[str, ...] = (), bound: float = _FORMAT) -> Side:
+def _bf16(*flags: str, needs: tuple[str, ...] = (), bound: float = _OTHER) -> Side:
     return Side((*BF16, *flags), "bf16", bound, needs)
 
 
 def _recompute(module: str, *needs: str) -> Side:
-    return Side((*_SELECTIVE, module), "bf16", _ROUNDING, needs)
+    return Side((*_SELECTIVE, module), "bf16", _SAME, needs)
 
 
 def _fp8(recipe: str, form: str, *flags: str, needs: tuple[str, ...] = ()) -> Side:
     words = (*_FP8, recipe, "--fp8-format", form, *flags)
-    return Side(words, "bf16", _EIGHT_BITS, ("engine", *needs))
+    return Side(words, "bf16", _OTHER, ("engine", *needs))
 
 
 SIDES: dict[str, Side] = {
     "fp32": Side(("--set", "bf16=false")),
     "bf16": Side(BF16, "fp32", _FORMAT),
+    # The same numerics from weights 0.01 % larger: what chance does.
+    "twin": _bf16("--init-method-std", "0.020002"),
     "sequential": _bf16("--set", "moe_grouped_gemm=false", needs=("experts", "engine")),
     "grouped": _bf16("--moe-grouped-gemm", needs=("experts",)),
     "local": _bf16("--transformer-impl", "local", needs=("engine",)),
     "local-grouped": _bf16(
         *("--transformer-impl", "local", "--moe-grouped-gemm"), needs=("experts", "engine")
     ),
-    "recompute-full": _bf16("--recompute-granularity", "full", *_UNIFORM, bound=_ROUNDING),
+    "recompute-full": _bf16("--recompute-granularity", "full", *_UNIFORM, bound=_SAME),
     "recompute-mlp": _recompute("mlp", "dense"),
     "recompute-moe": _recompute("moe", "experts"),
     "recompute-moe-act": Side(
-        (*_SELECTIVE, "moe_act", "--moe-grouped-gemm"), "bf16", _FORMAT, ("experts",)
+        (*_SELECTIVE, "moe_act", "--moe-grouped-gemm"), "grouped", _SAME, ("experts",)
     ),
     "distributed-optimizer": _bf16(
         *("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
