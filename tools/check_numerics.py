@@ -131,8 +131,9 @@ def _trained(options: argparse.Namespace, sides: list[str]) -> dict[str, dict[st
 def _side(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """Loss, curve and memory of one side; trained earlier, or now."""
     folder, log = options.out / name, options.out / f"{name}.log"
-    flags = [*SIDES[name].flags, "--train-iters", str(options.steps), "--seed", str(options.seed)]
-    flags += ["--tensorboard-log-interval", "1", "--set", "save=null", *options.flags.split()]
+    flags = [*SIDES[name].flags, *options.flags.split()]
+    flags += ["--train-iters", str(options.steps), "--seed", str(options.seed)]
+    flags += ["--tensorboard-log-interval", "1", "--set", "save=null"]
     status = resumable(folder, [options.recipe, *flags])
     if status is not None and status["state"] == "finished" and log.exists():
         run = runs.Run(0, log.read_text(encoding="utf-8"))

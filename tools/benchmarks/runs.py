@@ -64,8 +64,8 @@ class Run:
 
 def train(recipe: str, folder: Path, words: Sequence[str], *, log: Path | None = None) -> Run:
     """Trains ``recipe`` into ``folder`` and logs every step; writes its output to ``log`` too."""
-    command = [*_launcher(), recipe, "--run-dir", str(folder), "--log-interval", "1"]
-    command += ["--log-throughput", "--eval-iters", "0", *words]
+    command = [*_launcher(), recipe, "--run-dir", str(folder), *words]
+    command += ["--log-interval", "1", "--log-throughput", "--eval-iters", "0"]
     begin, first, lines = time.perf_counter(), 0.0, []
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT

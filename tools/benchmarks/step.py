@@ -73,8 +73,8 @@ def start_up(recipe: str, flags: str) -> dict[str, float]:
 def timed_run(options: argparse.Namespace, side: str, *more: str) -> runs.Run:
     """One run of a side; raises RuntimeError with the output of one that failed."""
     with tempfile.TemporaryDirectory() as folder:
-        words = ["--train-iters", str(options.steps), "--set", "save=null", *SIDES[side].flags]
-        words += [*options.flags.split(), *more]
+        words = [*SIDES[side].flags, *options.flags.split(), "--set", "save=null"]
+        words += ["--train-iters", str(options.steps), *more]
         done = runs.train(options.recipe, Path(folder, "run"), words)
     if done.code or done.step_ms is None:
         raise RuntimeError(f"{side}: exit code {done.code}\n{done.output}")
