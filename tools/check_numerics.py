@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
+import signal
 import statistics
 import sys
 from pathlib import Path
@@ -36,8 +37,8 @@ _TAIL = 15  # lines of a failed run's log
 
 def main(words: list[str] | None = None) -> int:
     """Prints the comparison; returns the exit code."""
-    options = _parser().parse_args(words)
     try:
+        options = _parser().parse_args(words)
         for name in ("steps", "jobs"):
             if getattr(options, name) < 1:
                 raise ValueError(f"--{name} {getattr(options, name)}: must be positive")
@@ -70,7 +71,7 @@ def main(words: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = recipes.Parser(  # refuses with 78
         description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", help="a name from launch/recipes, or a .yaml file")
@@ -118,13 +119,19 @@ def available() -> frozenset[str]:
 def _trained(options: argparse.Namespace, sides: list[str]) -> dict[str, dict[str, Any]]:
     """What every side came to, in their order; says so as they finish."""
     found: dict[str, dict[str, Any]] = {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         waiting = {pool.submit(_side, options, name): name for name in sides}
-        for number, done in enumerate(concurrent.futures.as_completed(waiting), start=1):
-            name, each = waiting[done], done.result()
-            found[name] = each
-            said = each["problem"] or f"loss {each['loss']:.4f}"
-            print(f"[{number}/{len(sides)}] {name}: {said}", flush=True)
+        try:
+            for number, done in enumerate(concurrent.futures.as_completed(waiting), start=1):
+                name, each = waiting[done], done.result()
+                found[name] = each
+                said = each["problem"] or f"loss {each['loss']:.4f}"
+                print(f"[{number}/{len(sides)}] {name}: {said}", flush=True)
+        except BaseException:  # Ctrl-C and SIGTERM, too: no run is left behind
+            pool.shutdown(wait=False, cancel_futures=True)
+            runs.end_all()
+            raise
     return {name: found[name] for name in sides}
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.runs import ROOT, SMALL_MOE, environment
+from tests.helpers.slurm import marked_processes
 
 pytestmark = pytest.mark.slow
 
@@ -37,6 +39,23 @@ def test_losses_of_one_recipe_agree(tmp_path: Path) -> None:
     refused = tool(*words, "--sides", "fp8-delayed")
     assert refused.returncode == 1
     assert "[3/3] fp8-delayed: refused: " in refused.stdout
+
+
+def test_a_stopped_comparison_leaves_no_run(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["--steps", "100000", "--out", str(out), "--flags", " ".join(SMALL_MOE)]
+    command = [sys.executable, "tools/check_numerics.py", "tiny-moe", "--sides", "bf16", *words]
+    process = subprocess.Popen([*command, "--jobs", "2"], cwd=ROOT, env=environment())
+    deadline = time.monotonic() + 120
+    logs = [out / "fp32.log", out / "bf16.log"]
+    while not all(log.exists() and "iteration " in log.read_text() for log in logs):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+    assert len(marked_processes(str(out / "fp32"))) > 0
+    process.terminate()
+    assert process.wait(30) == 143
+    time.sleep(2)
+    assert not marked_processes(str(out))
 
 
 def test_steps_of_sides_are_timed_in_turn() -> None:

@@ -154,6 +154,7 @@ def test_finished_runs_are_kept_and_others_refused(
     ("words", "message"),
     [
         (["--sides", "fp7"], "--sides fp7: no such side; choose from fp32, bf16"),
+        (["--stepz", "9"], "unrecognized arguments: --stepz 9"),
         (["--steps", "0"], "--steps 0: must be positive"),
         (["--jobs", "0"], "--jobs 0: must be positive"),
     ],

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -19,6 +22,7 @@ _PEAK = re.compile(r"memory \(MB\).*max allocated: ([0-9.]+)")
 _REFUSED = re.compile(r"^refused: (.*)$", re.MULTILINE)
 # Megatron counts its first iteration into the second one's mean.
 _WARM_UP = 2
+_running: set[subprocess.Popen[str]] = set()
 
 
 @dataclass
@@ -67,18 +71,33 @@ def train(recipe: str, folder: Path, words: Sequence[str], *, log: Path | None =
     command = [*_launcher(), recipe, "--run-dir", str(folder), *words]
     command += ["--log-interval", "1", "--log-throughput", "--eval-iters", "0"]
     begin, first, lines = time.perf_counter(), 0.0, []
+    # Its own session: ``end_all`` reaches what the launcher has started.
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
     )
+    _running.add(process)
     assert process.stdout is not None
-    for line in process.stdout:
-        lines.append(line)
-        if not first and _MILLISECONDS.search(line):
-            first = time.perf_counter() - begin
-    output = "".join(lines)
-    if log is not None:
-        log.write_text(output, encoding="utf-8")
-    return Run(process.wait(), output, first)
+    with open(log or os.devnull, "w", encoding="utf-8", buffering=1) as copy:
+        for line in process.stdout:
+            lines.append(line)
+            copy.write(line)
+            if not first and _MILLISECONDS.search(line):
+                first = time.perf_counter() - begin
+    code = process.wait()
+    _running.discard(process)
+    return Run(code, "".join(lines), first)
+
+
+def end_all() -> None:
+    """Kills the runs that have not ended, for a tool that is told to stop."""
+    for process in list(_running):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _launcher() -> list[str]:

@@ -132,7 +132,10 @@ def _side(done: list[runs.Run], first: list[runs.Run]) -> dict[str, Any]:
 
 
 def _peak_flops() -> float | None:
-    """FLOP/s in bf16 of this GPU by its data sheet; None for one that is not in the table."""
+    """FLOP/s in bf16 of this GPU by its data sheet; None for one that is not in the table.
+
+    The table holds SXM modules; cards of the same name on PCIe are slower.
+    """
     import torch
 
     if not torch.cuda.is_available():
@@ -140,6 +143,8 @@ def _peak_flops() -> float | None:
     from moa_megatron.costs.gpus import GPUS
 
     name = torch.cuda.get_device_name().lower()
+    if "pcie" in name or "nvl" in name:
+        return None
     return next((gpu.bf16 for key, gpu in GPUS.items() if key.split("-")[0] in name), None)
 
 
