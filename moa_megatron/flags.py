@@ -122,6 +122,34 @@ def _expert_overlap_problems(args: argparse.Namespace) -> list[str]:
     return found
 
 
+def _fp8_width_problems(args: argparse.Namespace) -> list[str]:
+    """Widths that FP8 products refuse once they run.
+
+    Source: ``assert_dim_for_fp8_exec`` in Transformer Engine.
+    """
+    if not getattr(args, "fp8", None):
+        return []
+    tp = args.tensor_model_parallel_size
+    expert_tp = args.expert_tensor_parallel_size or tp
+    dense = not args.num_experts or "-" in (args.hybrid_layer_pattern or "")
+    widths = {"hidden_size": (args.hidden_size, 1)}
+    if dense:
+        widths["ffn_hidden_size"] = (args.ffn_hidden_size, tp)
+    if args.num_experts:
+        widths["moe_ffn_hidden_size"] = (args.moe_ffn_hidden_size, expert_tp)
+        widths["moe_shared_expert_intermediate_size"] = (
+            args.moe_shared_expert_intermediate_size,
+            tp,
+        )
+    return [
+        f"--fp8-format {args.fp8} with {name}={width}: FP8 products need multiples of {16 * ranks}"
+        f"{' (16 a tensor-parallel rank)' if ranks > 1 else ''}"
+        + ("" if name == "hidden_size" else f"; add --moa-align {max(64, 16 * ranks)}")
+        for name, (width, ranks) in widths.items()
+        if width and width % (16 * ranks)
+    ]
+
+
 def machine_problems(args: argparse.Namespace) -> list[str]:
     """What the chosen modules need and this machine lacks, whatever the FFN."""
     found = []
@@ -132,6 +160,7 @@ def machine_problems(args: argparse.Namespace) -> list[str]:
     reason = installed.transformer_engine_problem() if engine else None
     if reason is not None:
         found.append(f"--transformer-impl transformer_engine cannot run here: {reason}")
+    found += _fp8_width_problems(args)
     for symbol in sorted(set(args.hybrid_layer_pattern or "").intersection(_SPECIAL_LAYERS)):
         package = _SPECIAL_LAYERS[symbol]
         what = f"--hybrid-layer-pattern has a layer {symbol}"

@@ -61,6 +61,7 @@ def main(words: Sequence[str] | None = None) -> int:
     module = importlib.import_module(f"tools.benchmarks.{mode}")
     options = _parser(mode, module).parse_args(words)
     from tools.benchmarks import report
+    from tools.benchmarks.runs import RunFailed
     from tools.benchmarks.timing import CheckFailed
 
     if options.json:
@@ -73,7 +74,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except ValueError as error:
         sys.stderr.write(f"refused: {error}\n")
         return REFUSED
-    except RuntimeError as error:
+    except RunFailed as error:
         sys.stderr.write(f"a run failed: {error}\n")
         return FAILED
     line = json.dumps(result)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
-import signal
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -28,9 +28,9 @@ _EXAMPLES = """
 examples:
   tools/check_numerics.py tiny-moe                       all that this machine can run
   tools/check_numerics.py tiny-moe --sides bf16 grouped recompute-moe --jobs 2
-  tools/check_numerics.py dense-0.5b --sides fp8-blockwise --steps 500 --flags '--mock-data'
+  tools/check_numerics.py dense-0.5b --sides fp8-blockwise --steps 500 --flags='--mock-data'
 
-exit code: 0 within the bounds, 1 outside one or a run failed, 78 refused
+exit code: 0 within the bounds, 1 outside one, nothing to compare or a run failed, 78 refused
 """
 _TAIL = 15  # lines of a failed run's log
 
@@ -47,7 +47,11 @@ def main(words: list[str] | None = None) -> int:
     except ValueError as error:
         sys.stderr.write(f"refused: {error}\n")
         return REFUSED
+    options.out = options.out.resolve()  # runs start in the project's folder
     options.out.mkdir(parents=True, exist_ok=True)
+    if any("--fp8-format" in SIDES[name].flags for name in sides):
+        options.flags = f"--moa-align 64 {options.flags}"
+        print("with FP8 among the sides, all have --moa-align 64")
     print(f"{len(sides)} runs of {options.recipe}, {options.steps} steps each: {', '.join(sides)}")
     try:
         found = _trained(options, sides)
@@ -67,7 +71,7 @@ def main(words: list[str] | None = None) -> int:
     line = json.dumps({"recipe": options.recipe, "steps": options.steps, "sides": rows})
     (options.out / "numerics.json").write_text(line + "\n", encoding="utf-8")
     print(line)
-    return int(any(row["verdict"] in ("outside", "failed") for row in rows))
+    return int(not passed(rows))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -119,14 +123,16 @@ def available() -> frozenset[str]:
 def _trained(options: argparse.Namespace, sides: list[str]) -> dict[str, dict[str, Any]]:
     """What every side came to, in their order; says so as they finish."""
     found: dict[str, dict[str, Any]] = {}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    kept = {name: _kept(options, name) for name in sides}  # before any is trained: it may refuse
+    runs.end_with_tool()
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        waiting = {pool.submit(_side, options, name): name for name in sides}
+        waiting = {pool.submit(_side, options, name, kept[name]): name for name in sides}
         try:
             for number, done in enumerate(concurrent.futures.as_completed(waiting), start=1):
                 name, each = waiting[done], done.result()
                 found[name] = each
                 said = each["problem"] or f"loss {each['loss']:.4f}"
+                said = f"kept from before, {said}" if kept[name] else said
                 print(f"[{number}/{len(sides)}] {name}: {said}", flush=True)
         except BaseException:  # Ctrl-C and SIGTERM, too: no run is left behind
             pool.shutdown(wait=False, cancel_futures=True)
@@ -135,18 +141,29 @@ def _trained(options: argparse.Namespace, sides: list[str]) -> dict[str, dict[st
     return {name: found[name] for name in sides}
 
 
-def _side(options: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Loss, curve and memory of one side; trained earlier, or now."""
-    folder, log = options.out / name, options.out / f"{name}.log"
+def _flags(options: argparse.Namespace, name: str) -> list[str]:
     flags = [*SIDES[name].flags, *options.flags.split()]
     flags += ["--train-iters", str(options.steps), "--seed", str(options.seed)]
     flags += ["--tensorboard-log-interval", "1", "--set", "save=null"]
-    status = resumable(folder, [options.recipe, *flags])
-    if status is not None and status["state"] == "finished" and log.exists():
+    return flags
+
+
+def _kept(options: argparse.Namespace, name: str) -> bool:
+    """Whether a run of the same words has finished; raises ValueError where there is another's."""
+    status = resumable(options.out / name, [options.recipe, *_flags(options, name)])
+    finished = status is not None and status["state"] == "finished"
+    return finished and (options.out / f"{name}.log").exists()
+
+
+def _side(options: argparse.Namespace, name: str, kept: bool) -> dict[str, Any]:
+    """Loss, curve and memory of one side; trained earlier, or now."""
+    folder, log = options.out / name, options.out / f"{name}.log"
+    if kept:
         run = runs.Run(0, log.read_text(encoding="utf-8"))
     else:
-        run = runs.train(options.recipe, folder, flags, log=log)
-    facts = {"peak_bytes": run.peak_bytes, "step_ms": run.step_ms, "code": run.code}
+        run = runs.train(options.recipe, folder, _flags(options, name), log=log)
+    facts: dict[str, Any] = {"peak_bytes": run.peak_bytes, "code": run.code}
+    facts["step_ms"] = run.step_ms if options.jobs == 1 else None  # runs beside it slow it down
     if run.code:
         tail = "\n".join(run.output.splitlines()[-_TAIL:])
         problem = f"refused: {run.refusal}" if run.code == REFUSED else f"failed, {log}:\n{tail}"
@@ -163,10 +180,12 @@ def _side(options: argparse.Namespace, name: str) -> dict[str, Any]:
 def judge(found: dict[str, dict[str, Any]], asked: set[str]) -> list[dict[str, Any]]:
     """One row per side: its loss, the difference to its reference in units of it, a verdict.
 
-    Verdicts: reference, within, outside, failed, refused (failed for a side that was asked for); a
-    side shares the lot of its reference where that has no loss.
+    Verdicts: reference, within, chance (outside its bound, but within twice what the twin differs
+    by), outside, failed, refused (failed for a side that was asked for); a side shares the lot of
+    its reference where that has no loss.
     """
     rows: list[dict[str, Any]] = []
+    chance = 2.0 * _twins(found)
     for name, each in found.items():
         side, difference = SIDES[name], None
         base = found[side.against]["loss"] if side.against else None
@@ -180,7 +199,8 @@ def judge(found: dict[str, dict[str, Any]], asked: set[str]) -> list[dict[str, A
         else:
             difference = each["loss"] / base - 1.0
             # NaN is outside.
-            verdict = "within" if abs(difference) <= side.bound else "outside"
+            verdict = "chance" if abs(difference) <= chance else "outside"
+            verdict = "within" if abs(difference) <= side.bound else verdict
         rows.append(
             {
                 "side": name,
@@ -195,6 +215,22 @@ def judge(found: dict[str, dict[str, Any]], asked: set[str]) -> list[dict[str, A
             }
         )
     return rows
+
+
+def _twins(found: dict[str, dict[str, Any]]) -> float:
+    """Relative difference of the twin's loss; 0 where there is none."""
+    losses = [found[name]["loss"] for name in ("twin", "bf16") if name in found]
+    if len(losses) < 2 or None in losses or not math.isfinite(losses[0]):
+        return 0.0
+    return abs(losses[0] / losses[1] - 1.0)
+
+
+def passed(rows: list[dict[str, Any]]) -> bool:
+    """No side is outside or has failed, and where sides are compared, one was."""
+    verdicts = {row["verdict"] for row in rows}
+    compared = any(row["against"] for row in rows)
+    wanted = {"within", "chance"} if compared else {"reference"}
+    return not verdicts & {"outside", "failed"} and bool(verdicts & wanted)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

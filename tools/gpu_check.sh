@@ -10,6 +10,8 @@ usage: tools/gpu_check.sh [FOLDER] [PART...]
   tools/gpu_check.sh out tests numerics     some of them
   OVERLAY=te.tar.xz tools/gpu_check.sh out  unpacks Transformer Engine beside this Python first
 
+Uses one GPU. Without Transformer Engine what needs it is left out.
+
 parts, in this order, each with its time limit in seconds:
 TEXT
   for name in $PARTS; do
@@ -19,7 +21,7 @@ TEXT
   echo "exit code: 0 all parts passed, 1 one did not, 78 no CUDA device or an unknown part"
 }
 
-# tests, numerics and experts are the suite, under 8 minutes; the others measure.
+# tests, numerics and experts are the suite, meant to take less than 8 minutes; the others measure.
 PARTS="tests numerics experts step fp8 op layer images"
 limit() {
   case $1 in
@@ -37,6 +39,11 @@ esac
 cd "$(dirname "$0")/.." || exit 1
 out=${1:-gpu-results}
 shift || true
+case " $PARTS " in *" $out "*)
+  echo "refused: '$out' is a part: the folder comes first, as in tools/gpu_check.sh gpu-results $out" >&2
+  exit 78
+  ;;
+esac
 for part in "$@"; do
   case " $PARTS " in
   *" $part "*) ;;
@@ -51,17 +58,21 @@ python=${PYTHON:-.venv/bin/python}
 mkdir -p "$out"
 unset TRITON_INTERPRET # interpreted kernels would pass as evidence of a GPU
 if [ -n "${OVERLAY:-}" ]; then
-  overlay=$(mktemp -d) && tar -xJf "$OVERLAY" -C "$overlay" || exit 1
+  overlay=$(mktemp -d) && trap 'rm -rf "$overlay"' EXIT && tar -xJf "$OVERLAY" -C "$overlay" || exit 1
   export PYTHONPATH="$overlay${PYTHONPATH:+:$PYTHONPATH}"
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES%%,*}
 "$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"' || exit 78
+engine=1
+"$python" -c 'import torch, transformer_engine.pytorch' 2>/dev/null || engine=0
 
 report=$out/report.md
 {
   echo "# On a GPU, $(date +%F)"
   echo
-  echo "    tools/gpu_check.sh"
+  echo "    tools/gpu_check.sh FOLDER $*"
   echo
   "$python" - <<'TEXT'
 from importlib import metadata
@@ -74,16 +85,22 @@ def version(name):
         return f"no {name}"
 print(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda},", ", ".join(map(version, names)) + ",")
 TEXT
-  echo "commit ${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}."
+  echo "commit ${COMMIT:-$(git describe --always --dirty 2>/dev/null || echo unknown)}."
+  [ "$engine" = 1 ] || printf '\nNo Transformer Engine: FP8 and its modules are left out.\n'
 } >"$report"
 
 failed=0
+running=
+# timeout has a process group of its own, which a terminal's Ctrl-C does not reach.
+trap '[ -z "$running" ] || kill -TERM "$running"; exit 130' INT TERM
 part() { # NAME COMMAND...
   local name=$1 start=$SECONDS
   shift
   case " ${chosen:-$PARTS} " in *" $name "*) ;; *) return ;; esac
   # The numbers come last: JSON goes to its own file, progress to the log alone.
-  timeout --kill-after=10 "$(limit "$name")" "$@" >"$out/$name.txt" 2>"$out/$name.log"
+  timeout --kill-after=20 "$(limit "$name")" "$@" >"$out/$name.txt" 2>"$out/$name.log" &
+  running=$!
+  wait "$running"
   local code=$?
   echo "$name: exit $code after $((SECONDS - start)) s; ends with"
   tail -n 25 "$out/$name.txt" | cut -c1-300
@@ -93,23 +110,31 @@ part() { # NAME COMMAND...
   }
   {
     printf '\n## %s\n\n    %s\n\nExit code %s after %s s.\n\n' \
-      "$name" "${*/#$python/python}" "$code" "$((SECONDS - start))"
+      "$name" "$(words "$@")" "$code" "$((SECONDS - start))"
     grep -v '^{' "$out/$name.txt" | tail -n 60 | cut -c1-220 | sed 's/^/    /'
   } >>"$report"
 }
 chosen=$*
 
+words() { # as they could be typed
+  shift
+  printf 'python'
+  printf ' %q' "$@"
+}
+
+rm -rf "$out/numerics" # a check keeps nothing from an earlier one
+eight_bits=()
+[ "$engine" = 0 ] || eight_bits=(--fp8 tensorwise blockwise)
 model=(--recipe moe-2b --steps 12 --pairs 1)
 sizes='--mock-data --moa-align 64 --micro-batch-size 16 --global-batch-size 16'
 part tests "$python" -m pytest -q -p no:cacheprovider --durations=10 \
   tests/kernels/triton tests/kernels/test_grouped_gpu.py tests/gpu
-part numerics "$python" tools/check_numerics.py tiny-moe --jobs 6 --flags "--moa-align 64" \
-  --out "$out/numerics"
-part experts "$python" tools/bench.py --experts --variants qd --fp8 tensorwise blockwise \
-  --repeats 10 --json "$out/experts.json"
+part numerics "$python" tools/check_numerics.py tiny-moe --jobs 6 --out "$out/numerics"
+part experts "$python" tools/bench.py --experts --variants qd --repeats 10 \
+  --json "$out/experts.json" "${eight_bits[@]}"
 part step "$python" tools/bench.py --step "${model[@]}" --sides fixed moa --flags "$sizes" \
   --json "$out/step.json"
-part fp8 "$python" tools/bench.py --step "${model[@]}" --sides moa fp8-tensorwise \
+[ "$engine" = 0 ] || part fp8 "$python" tools/bench.py --step "${model[@]}" --sides moa fp8-tensorwise \
   --flags "$sizes --optimizer adam" --json "$out/fp8.json"
 part op "$python" tools/bench.py --op --json "$out/op.json"
 part layer "$python" tools/bench.py --layer --json "$out/layer.json"

@@ -74,19 +74,24 @@ def test_fp8_pads_every_expert_and_stays_near(variant: str, recipe: str) -> None
     experts = grouped.build("engine", SHAPE, _settings(variant), CUDA, recipe)
     errors = grouped.check(experts, SHAPE, inputs, recipe)
     print(errors)
-    assert errors["output"] > 1e-3, "nothing was rounded to eight bits"
+    # bfloat16 gives 4e-3, two products of four-bit fractions about 5e-2.
+    assert errors["output"] > 1e-2, "nothing was rounded to eight bits"
 
 
 @engine
+@pytest.mark.parametrize("scope", ["layer", "expert"])
 @pytest.mark.parametrize("recipe", _recipes())
-def test_gates_are_not_quantised(recipe: str) -> None:
+def test_gates_are_not_quantised(recipe: str, scope: str) -> None:
     from megatron.core.fp8_utils import get_fp8_context
 
     inputs = grouped.make_inputs(SHAPE, CUDA, LOADS)
-    experts = grouped.build("engine", SHAPE, _settings(), CUDA, recipe)
-    plain = experts.moa_gate(inputs.x, LOADS)
+    experts = grouped.build("engine", SHAPE, _settings(scope=scope), CUDA, recipe)
+    words: dict[str, Any] = {"routed": True}
+    if scope == "expert":
+        words = {"tokens_per_expert": LOADS}
+    plain = experts.gate_in_use(inputs.x, **words)
     with get_fp8_context(experts.config):
-        assert torch.equal(experts.moa_gate(inputs.x, LOADS), plain)
+        assert torch.equal(experts.gate_in_use(inputs.x, **words), plain)
 
 
 @engine

@@ -6,7 +6,6 @@ itself to account: what compares there compares on a GPU.
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from pathlib import Path
@@ -123,6 +122,8 @@ def check_wrong_gradients_are_seen() -> None:
         values = loss_and_gradients(built("gpt moe", MODULES == "engine"))
         gate = next(name for name in values if "moa_gate" in name)
         assert worst({**values, gate: values[gate] * 1.02}, values)[1] > TF32
+        again = loss_and_gradients(built("gpt moe", MODULES == "engine", init_method_std=0.021))
+        assert _whole_error(again, values) > 0.4
 
 
 def check_fp8_trains_every_parameter() -> None:
@@ -132,18 +133,28 @@ def check_fp8_trains_every_parameter() -> None:
         for family in FAMILIES:
             more = {"moe_grouped_gemm": True} if family.endswith("moe") else {}
             plain = built(family, True, **more)
-            wanted = loss_and_gradients(plain)["loss"].item()
+            wanted = loss_and_gradients(plain)
             for recipe in ("delayed", "tensorwise", "blockwise"):
                 settings = {"fp8": grouped.FP8[recipe], "fp8_recipe": recipe}
                 other = built(family, True, **more, **settings)
-                other.load_state_dict(plain.state_dict(), strict=False)
+                other.load_state_dict(plain.state_dict())
                 for _ in range(3):  # delayed scaling looks at the steps before
                     values = loss_and_gradients(other)
-                loss = values["loss"].item()
-                print(family, recipe, loss, wanted)
-                assert math.isclose(loss, wanted, rel_tol=0.03), (family, recipe, loss, wanted)
+                error = _whole_error(values, wanted)
+                print(family, recipe, error)
+                # Eight bits; weights that are not the same ones give more than 1.
+                assert 1e-3 < error < 0.4, (family, recipe, error)
                 dead = [n for n, v in values.items() if not v.isfinite().all() or not v.any()]
                 assert not dead, (family, recipe, dead)
+
+
+def _whole_error(found: Values, wanted: Values) -> float:
+    """Relative RMS difference of all gradients as one vector: small ones may be mere noise."""
+    from tests.helpers.numerics import rms_error
+
+    names = [name for name in wanted if name != "loss"]
+    one, other = (torch.cat([v[n].double().flatten() for n in names]) for v in (found, wanted))
+    return rms_error(one, other)
 
 
 def _device() -> torch.device:

@@ -81,10 +81,15 @@ def check_every_side_of_the_comparisons_is_accepted() -> None:
             if ("dense" if experts else "experts") in side.needs:
                 continue
             try:
-                prepare(recipe, *side.flags)
+                prepare(recipe, *side.flags, "--moa-align", "64")
             except recipes.RefusedError as error:
                 refused[recipe, name] = str(error)
     assert not refused, refused
+    for name in ("fp8-delayed", "fixed-fp8"):
+        with pytest.raises(recipes.RefusedError, match=r"moe_ffn_hidden_size=84: .*--moa-align 64"):
+            prepare("tiny-moe", *SIDES[name].flags)
+    with pytest.raises(recipes.RefusedError, match=r"ffn_hidden_size=344: FP8 products need mult"):
+        prepare("tiny-dense", *SIDES["fp8-blockwise"].flags)
 
 
 CHECKS = [name for name in globals() if name.startswith("check_")]

@@ -130,6 +130,38 @@ def test_what_a_run_was_refused_for_is_said(
     assert code == 1 and rows["grouped"]["verdict"] == "failed", "it was asked for"
 
 
+def test_nothing_to_compare_is_no_success(
+    trained: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    refused = (78, "refused: --global-batch-size=8 is too small\n")
+    trained(**{name.replace("-", "_"): refused for name in SIDES})
+    assert check(tmp_path / "all")[0] == 1
+    trained(**{name.replace("-", "_"): refused for name in SIDES if name != "fp32"})
+    assert check(tmp_path / "one")[0] == 1
+    trained()
+    assert check(tmp_path / "lone", "--sides", "fp32")[0] == 0
+
+
+def test_what_chance_does_too_is_no_failure(
+    trained: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    trained(fp32=4.0, bf16=4.0, twin=3.97, grouped=4.05)
+    code, rows = check(tmp_path / "one")
+    assert code == 0 and rows["grouped"]["verdict"] == "chance"
+    trained(fp32=4.0, bf16=4.0, twin=3.97, grouped=4.07)
+    assert check(tmp_path / "two")[0] == 1
+    trained(fp32=4.0, bf16=4.0, twin=math.nan, grouped=4.05)
+    assert check(tmp_path / "three")[0] == 1
+
+
+def test_fp8_aligns_the_widths_of_all(trained: Callable[..., list[str]], tmp_path: Path) -> None:
+    trained()
+    check(tmp_path, "--sides", "fp8-blockwise")
+    for name in ("fp32", "bf16", "fp8-blockwise"):
+        words = json.loads((tmp_path / name / "command.json").read_text())
+        assert words[words.index("--moa-align") + 1] == "64"
+
+
 def test_a_failed_run_fails_and_shows_its_end(
     trained: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,8 +178,9 @@ def test_finished_runs_are_kept_and_others_refused(
     first = check(tmp_path, "--sides", "bf16")
     names.clear()
     assert check(tmp_path, "--sides", "bf16") == first and not names
-    assert check(tmp_path, "--sides", "bf16", "--seed", "7")[0] == 78
-    assert "choose another --out" in capsys.readouterr().err
+    assert "kept from before, loss 4.0000" in capsys.readouterr().out
+    assert check(tmp_path, "--seed", "7")[0] == 78
+    assert "choose another --out" in capsys.readouterr().err and not names, "before any is trained"
 
 
 @pytest.mark.parametrize(

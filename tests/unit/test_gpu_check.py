@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.slurm import marked_processes
 from tools import bench, check_numerics
 from tools.benchmarks.sides import SIDES
 
@@ -19,6 +22,8 @@ PARTS = ["tests", "numerics", "experts", "step", "fp8", "op", "layer", "images"]
 # Records its words; it fails as the second part.
 STAND_IN = """#!/usr/bin/env python3
 import json, os, sys
+if "import torch, transformer_engine" in sys.argv[-1] and os.environ.get("NO_ENGINE"):
+    sys.exit("no such module")
 if sys.argv[1] in ("-c", "-"):
     print("a GPU")
     sys.exit()
@@ -54,6 +59,7 @@ def test_every_part_runs_and_is_reported_though_one_fails(tmp_path: Path, stand_
     assert [line[3:] for line in report.splitlines() if line.startswith("## ")] == PARTS
     assert report.count("Exit code 0") == len(PARTS) - 1 and report.count("a table") == len(PARTS)
     assert "a GPU" in report and "xxx" not in report and "    python tools/bench.py --op" in report
+    assert "--flags --mock-data\\ --moa-align\\ 64" in report, "as it could be typed"
 
 
 def test_parts_may_be_chosen(tmp_path: Path, stand_in: Path) -> None:
@@ -82,9 +88,37 @@ def test_the_commands_are_those_that_the_tools_take(tmp_path: Path, stand_in: Pa
     assert seen == len(PARTS)
 
 
+def test_without_the_engine_its_parts_are_left_out(
+    tmp_path: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_ENGINE", "1")
+    check(tmp_path, str(tmp_path / "out"), python=stand_in)
+    calls = (tmp_path / "calls").read_text()
+    assert "fp8" not in calls and calls.count("tools/bench.py") == len(PARTS) - 3
+    assert "No Transformer Engine" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_stopped_check_ends_its_part(tmp_path: Path, stand_in: Path) -> None:
+    stand_in.write_text(
+        STAND_IN.replace('print("a table', 'import time; time.sleep(300); print("a')
+    )
+    environment = {**os.environ, "PYTHON": str(stand_in), "CALLS": str(tmp_path / "calls")}
+    process = subprocess.Popen([str(SCRIPT), str(tmp_path / "out")], env=environment)
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "calls").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    time.sleep(0.5)
+    assert not marked_processes(str(stand_in))
+
+
 def test_refusals(tmp_path: Path) -> None:
     done = check(tmp_path, str(tmp_path / "out"), "nope")
     assert done.returncode == 78 and "no part 'nope': choose from tests" in done.stderr
+    done = check(tmp_path, "numerics")
+    assert done.returncode == 78 and "the folder comes first" in done.stderr
     done = check(tmp_path, str(tmp_path / "out"), "op")
     assert done.returncode == 78 and "no CUDA device" in done.stderr
     done = check(tmp_path, "--help")

@@ -25,6 +25,10 @@ _WARM_UP = 2
 _running: set[subprocess.Popen[str]] = set()
 
 
+class RunFailed(Exception):
+    """A run that did not end well, with its output."""
+
+
 @dataclass
 class Run:
     """What one run printed; medians leave the first two steps out, None where the log has none."""
@@ -70,6 +74,7 @@ def train(recipe: str, folder: Path, words: Sequence[str], *, log: Path | None =
     """Trains ``recipe`` into ``folder`` and logs every step; writes its output to ``log`` too."""
     command = [*_launcher(), recipe, "--run-dir", str(folder), *words]
     command += ["--log-interval", "1", "--log-throughput", "--eval-iters", "0"]
+    command += ["--log-memory-interval", "1"]
     begin, first, lines = time.perf_counter(), 0.0, []
     # Its own session: ``end_all`` reaches what the launcher has started.
     process = subprocess.Popen(
@@ -78,6 +83,7 @@ def train(recipe: str, folder: Path, words: Sequence[str], *, log: Path | None =
         stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
+        env={"NPROC": "1", **os.environ},  # one GPU, unless the user says otherwise
         start_new_session=True,
     )
     _running.add(process)
@@ -91,6 +97,11 @@ def train(recipe: str, folder: Path, words: Sequence[str], *, log: Path | None =
     code = process.wait()
     _running.discard(process)
     return Run(code, "".join(lines), first)
+
+
+def end_with_tool() -> None:
+    """SIGTERM raises SystemExit from now on, so that ``end_all`` can be reached."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def end_all() -> None:

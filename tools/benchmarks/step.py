@@ -66,23 +66,27 @@ def start_up(recipe: str, flags: str) -> dict[str, float]:
             cwd=ROOT,
         )
     if done.returncode:
-        raise RuntimeError(done.stderr)
+        raise runs.RunFailed(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
 def timed_run(options: argparse.Namespace, side: str, *more: str) -> runs.Run:
-    """One run of a side; raises RuntimeError with the output of one that failed."""
+    """One run of a side; raises RunFailed with the output of one that failed."""
     with tempfile.TemporaryDirectory() as folder:
         words = [*SIDES[side].flags, *options.flags.split(), "--set", "save=null"]
         words += ["--train-iters", str(options.steps), *more]
-        done = runs.train(options.recipe, Path(folder, "run"), words)
+        try:
+            done = runs.train(options.recipe, Path(folder, "run"), words)
+        except BaseException:  # Ctrl-C and SIGTERM, too
+            runs.end_all()
+            raise
     if done.code or done.step_ms is None:
-        raise RuntimeError(f"{side}: exit code {done.code}\n{done.output}")
+        raise runs.RunFailed(f"{side}: exit code {done.code}\n{done.output}")
     return done
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All runs of the benchmark; raises RuntimeError with the output of one that failed."""
+    """All runs of the benchmark; raises RunFailed with the output of one that failed."""
     cold = None
     if "--mock-data" not in options.flags:
         with tempfile.TemporaryDirectory() as empty:
@@ -177,9 +181,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
         ValueError: for a side that is none.
-        RuntimeError: with the output of a failed run.
+        RunFailed: with the output of a failed run.
     """
     report.known("sides", options.sides, SIDES)
+    runs.end_with_tool()
     result = measure(options)
     print(table(result["sides"]))
     print("start-up, seconds:", json.dumps(result["start_up_s"]))
