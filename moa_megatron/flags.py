@@ -125,10 +125,11 @@ def _expert_overlap_problems(args: argparse.Namespace) -> list[str]:
 def _fp8_width_problems(args: argparse.Namespace) -> list[str]:
     """Widths that FP8 products refuse once they run.
 
-    Source: ``assert_dim_for_fp8_exec`` in Transformer Engine.
+    Source: ``assert_dim_for_fp8_exec`` in Transformer Engine; blocks of MXFP8 have 32 elements.
     """
     if not getattr(args, "fp8", None):
         return []
+    unit = 32 if args.fp8_recipe == "mxfp8" else 16
     tp = args.tensor_model_parallel_size
     expert_tp = args.expert_tensor_parallel_size or tp
     dense = not args.num_experts or "-" in (args.hybrid_layer_pattern or "")
@@ -141,13 +142,17 @@ def _fp8_width_problems(args: argparse.Namespace) -> list[str]:
             args.moe_shared_expert_intermediate_size,
             tp,
         )
-    return [
-        f"--fp8-format {args.fp8} with {name}={width}: FP8 products need multiples of {16 * ranks}"
-        f"{' (16 a tensor-parallel rank)' if ranks > 1 else ''}"
-        + ("" if name == "hidden_size" else f"; add --moa-align {max(64, 16 * ranks)}")
-        for name, (width, ranks) in widths.items()
-        if width and width % (16 * ranks)
-    ]
+    found = []
+    for name, (width, ranks) in widths.items():
+        multiple = unit * ranks
+        if width and width % multiple:
+            each = f" ({unit} a tensor-parallel rank)" if ranks > 1 else ""
+            cure = "" if name == "hidden_size" else f"; add --moa-align {max(64, multiple)}"
+            found.append(
+                f"--fp8-format {args.fp8} with {name}={width}: FP8 products need multiples of "
+                f"{multiple}{each}{cure}"
+            )
+    return found
 
 
 def machine_problems(args: argparse.Namespace) -> list[str]:

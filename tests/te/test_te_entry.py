@@ -90,6 +90,10 @@ def check_every_side_of_the_comparisons_is_accepted() -> None:
             prepare("tiny-moe", *SIDES[name].flags)
     with pytest.raises(recipes.RefusedError, match=r"ffn_hidden_size=344: FP8 products need mult"):
         prepare("tiny-dense", *SIDES["fp8-blockwise"].flags)
+    blocks = ("--bf16", "--fp8-format", "e4m3", "--fp8-recipe", "mxfp8", "--ffn-hidden-size", "48")
+    with pytest.raises(recipes.RefusedError, match=r"ffn_hidden_size=48: .* multiples of 32; add"):
+        prepare("tiny-dense", *blocks)
+    prepare("tiny-dense", *SIDES["fp8-blockwise"].flags, "--ffn-hidden-size", "48")
 
 
 CHECKS = [name for name in globals() if name.startswith("check_")]
