@@ -3,8 +3,8 @@
 PY = .venv/bin/python
 PYTEST = PYTHONPATH=. CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -q
 
-.PHONY: setup test check unit parallel kernels interpreted e2e te cluster slow slow-parallel slow-runs gpu compare
-.PHONY: bench image image-test
+.PHONY: setup test check unit parallel kernels interpreted e2e te cluster
+.PHONY: slow slow-parallel slow-runs slow-rest gpu compare bench image image-test
 
 setup:  ## tests need the extra as well
 	@./launch/setup.sh vision
@@ -39,13 +39,18 @@ te: setup  ## Transformer Engine's classes without a GPU, skipped where its over
 cluster: setup  ## submitted to a real Slurm of two nodes on this host; skips without its daemons
 	$(PYTEST) tests/launch -m "not slow and not gpu"
 
-slow: interpreted slow-parallel slow-runs  ## what make test leaves out; each may be run beside the others
+slow: interpreted slow-parallel slow-runs slow-rest  ## what make test leaves out; each may be run beside the others
 
 slow-parallel: setup
 	$(PYTEST) tests/parallel -m "slow and not gpu"
 
-slow-runs: setup  ## signals, twins of the recipes, golden losses, the launcher from scratch
-	$(PYTEST) tests --ignore=tests/image --ignore=tests/parallel -m "slow and not gpu"
+TWINS = tests/e2e/test_recipe_twins.py
+slow-runs: setup  ## signals, golden losses, comparisons of runs
+	$(PYTEST) tests/e2e --ignore=$(TWINS) -m "slow and not gpu"
+
+slow-rest: setup  ## twins of the recipes, the launcher from scratch
+	$(PYTEST) tests --ignore=tests/image --ignore=tests/parallel \
+	  $(addprefix --ignore=,$(filter-out $(TWINS),$(wildcard tests/e2e/test_*.py))) -m "slow and not gpu"
 
 gpu: setup  ## on a GPU: tests, losses in all number formats, experts, moe-2b timed; see tools/gpu_check.sh --help
 	./tools/gpu_check.sh
