@@ -104,7 +104,9 @@ def _to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
 def _type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Megatron recognises its parameters by strings such as 'torch.cuda.FloatTensor'."""
     if dtype is None:
-        return _tensor_type(self).replace("torch.", "torch.cuda.", 1)
+        # A subclass is sent here a second time, by the name of the method.
+        name = _tensor_type(self).removeprefix("torch.").removeprefix("cuda.")
+        return f"torch.cuda.{name}"
     if isinstance(dtype, str):
         dtype = dtype.replace("torch.cuda.", "torch.")
     return _tensor_type(self, dtype, *args, **kwargs)
