@@ -33,7 +33,7 @@ interpreted: setup  ## Triton's kernels run on the CPU by its interpreter
 e2e: setup
 	$(PYTEST) tests/e2e -m "not slow and not gpu"
 
-te: setup  ## Transformer Engine's classes without a GPU, skipped where its overlay is missing; the GPU suite's own logic
+te: setup  ## Transformer Engine without a GPU, around emulated kernels; skipped where its overlay is missing
 	$(PYTEST) tests/te tests/gpu -m "not gpu"
 
 cluster: setup  ## submitted to a real Slurm of two nodes on this host; skips without its daemons

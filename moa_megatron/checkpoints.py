@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from moa_megatron import identity, runstate
+from moa_megatron import identity, runstate, scales
 from moa_megatron.config import MoAConfig, moa_config_from_args
 from moa_megatron.recipes import RefusedError
 
@@ -150,6 +150,7 @@ def problems(args: argparse.Namespace) -> list[str]:
     if saved is None:
         return [f"--load {args.load} holds no checkpoint that can be read"]
     others = identity.problems(args, saved) + optimizer_problems(args, saved)
+    others += scales.problems(args, saved)
     found = differences(args, saved)
     if not found:
         return others

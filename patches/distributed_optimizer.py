@@ -1,4 +1,4 @@
-"""DistributedOptimizer saves with torch's Adam, but cannot load what it saved."""
+"""DistributedOptimizer saves with torch's Adam, or in float32, but cannot load what it saved."""
 
 import functools
 from collections.abc import Callable
@@ -9,12 +9,6 @@ import torch
 from moa_megatron.patches._registry import Patch
 
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
-
-
-def _applicable() -> bool:
-    from megatron.core.optimizer import distrib_optimizer
-
-    return not distrib_optimizer.HAVE_APEX_OR_TE
 
 
 def _fill_fresh_state(optimizer: torch.optim.Optimizer) -> None:
@@ -70,7 +64,7 @@ def _make_load_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
 
 PATCH = Patch(
     name="distributed_optimizer",
-    defect="without Transformer Engine --use-distributed-optimizer cannot resume, or not exactly",
+    defect="--use-distributed-optimizer cannot resume without Transformer Engine, nor in float32",
     versions=">=0.19,<0.20",
     replace={
         f"{_OPTIMIZER}.state_dict": _make_state_dict,
@@ -82,5 +76,4 @@ PATCH = Patch(
         f"{_OPTIMIZER}._set_main_param_and_optimizer_states": "40cab784659711a8",
         f"{_OPTIMIZER}.load_state_dict": "7e5f988b86b48501",
     },
-    applicable=_applicable,
 )

@@ -92,7 +92,8 @@ TEXT
 failed=0
 running=
 # timeout has a process group of its own, which a terminal's Ctrl-C does not reach.
-trap '[ -z "$running" ] || kill -TERM "$running"; exit 130' INT TERM
+trap '[ -z "$running" ] || kill -TERM "$running"; exit 130' INT
+trap '[ -z "$running" ] || kill -TERM "$running"; exit 143' TERM
 part() { # NAME COMMAND...
   local name=$1 start=$SECONDS
   shift

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from moa_megatron.host import collectives, modules, redirect
-from tests.fake_gpu import kernels
+from tests.fake_gpu import fused_weight_gradient_mlp_cuda, kernels
 
 CAPABILITY = (9, 0)
 # What Transformer Engine and GPUs have, host mode does without.
@@ -52,6 +53,7 @@ def install() -> None:
     for name in [name for name in modules.HOOKS if name.endswith(_OWN)]:
         del modules.HOOKS[name]
     modules.install()
+    sys.modules["fused_weight_gradient_mlp_cuda"] = fused_weight_gradient_mlp_cuda
     kernels.install()
 
 

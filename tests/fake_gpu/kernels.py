@@ -25,7 +25,7 @@ def install() -> None:
     import transformer_engine_torch as tex
 
     replaced = {
-        id(function): KERNELS.get(name) or _missing(name)
+        id(function): torch.no_grad()(KERNELS.get(name) or _missing(name))
         for name, function in vars(tex).items()
         if callable(function) and not isinstance(function, type) and name != "get_cudnn_version"
     }
@@ -290,6 +290,31 @@ def adam(
             target.copy_(weight)
 
 
+def sgd(
+    chunk: int,
+    overflow: Tensor,
+    lists: list[list[Tensor]],
+    weight_decay: float,
+    momentum: float,
+    dampening: float,
+    lr: float,
+    nesterov: bool,
+    first: bool,
+    decay_last: bool,
+    factor: float,
+) -> None:
+    """``tex.multi_tensor_sgd``: in float32, with momentum."""
+    assert not decay_last, "not emulated"
+    if overflow.item():
+        return
+    for grad, parameter, kept in zip(*lists, strict=True):
+        change = grad.float() * factor + weight_decay * parameter
+        if momentum:
+            kept.copy_(change if first else momentum * kept + (1 - dampening) * change)
+            change = change + momentum * kept if nesterov else kept
+        parameter.sub_(lr * change)
+
+
 def l2norm(
     chunk: int, overflow: Tensor, lists: list[list[Tensor]], each: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -315,6 +340,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "rmsnorm_bwd": rmsnorm_bwd,
     "rmsnorm_bwd_add": rmsnorm_bwd_add,
     "multi_tensor_adam": adam,
+    "multi_tensor_sgd": sgd,
     "multi_tensor_l2norm": l2norm,
     "multi_tensor_scale": scaled,
     "multi_tensor_scale_tensor": scaled,

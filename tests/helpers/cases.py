@@ -56,6 +56,7 @@ class Model:
         moe: mixture-of-experts feedforward layers with a shared expert, or dense ones.
         moa: settings of the method.
         options: further fields of TransformerConfig, as pairs so that a model can be a key.
+        engine: on Transformer Engine's modules.
         optimizer: sgd, adam where the distributed optimizer takes nothing else, or muon as recipes
             use it.
     """
@@ -65,6 +66,7 @@ class Model:
     moa: MoAConfig = field(default_factory=moa)
     options: tuple[tuple[str, Any], ...] = ()
     optimizer: Literal["sgd", "adam", "muon"] = "sgd"
+    engine: bool = False
 
 
 ONE_RANK = Layout()

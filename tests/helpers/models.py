@@ -126,17 +126,25 @@ def _chunk(model: Model, layout: Layout, config: TransformerConfig, stage: int) 
         "vp_stage": vp_stage,
     }
     if model.family == "hybrid":
-        stack = with_moa(local_hybrid_stack_spec(), model.moa)
+        stack = with_moa(_stack(model, config), model.moa)
         return HybridModel(config, stack, hybrid_layer_pattern=_pattern(model, layout), **common)
     block = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
+        config, use_transformer_engine=model.engine, normalization="RMSNorm", vp_stage=vp_stage
     )
     if config.mtp_num_layers is not None:
-        mtp = get_gpt_mtp_block_spec(config, block, use_transformer_engine=False, vp_stage=vp_stage)
+        mtp = get_gpt_mtp_block_spec(config, block, model.engine, vp_stage=vp_stage)
         common["mtp_block_spec"] = None if mtp is None else with_moa(mtp, model.moa)
     # A stage may have no decoder layer, where a layout gives the loss one of its own.
     spec = with_moa(block, model.moa) if block.layer_specs else block
     return GPTModel(config, spec, **common)
+
+
+def _stack(model: Model, config: TransformerConfig) -> Any:
+    if not model.engine:
+        return local_hybrid_stack_spec()
+    from moa_megatron.models import engine_hybrid_stack_spec
+
+    return engine_hybrid_stack_spec(config)  # type: ignore[arg-type]
 
 
 def build(model: Model, layout: Layout) -> list[DistributedDataParallel]:

@@ -46,10 +46,14 @@ class Pool:
     Args:
         size: largest number of ranks that a case may ask for.
         setup: function each process calls once, before its first case.
+        variables: of the environment that the processes start in.
     """
 
-    def __init__(self, size: int, setup: str | None = None) -> None:
+    def __init__(
+        self, size: int, setup: str | None = None, variables: dict[str, str] | None = None
+    ) -> None:
         self.size, self.setup = size, setup
+        self._environment = {**_ENVIRONMENT, **(variables or {})}
         self._folder = tempfile.TemporaryDirectory(prefix="pool")
         self._workers: list[tuple[Any, Connection]] = []
         self._cases = 0
@@ -81,7 +85,7 @@ class Pool:
         if self._workers:
             return
         context = multiprocessing.get_context("spawn")
-        with mock.patch.dict(os.environ, _ENVIRONMENT):
+        with mock.patch.dict(os.environ, self._environment):
             for rank in range(self.size):
                 ours, theirs = context.Pipe()
                 # Not daemonic: those may not start the helpers that saving a checkpoint needs.

@@ -57,6 +57,27 @@ def environment() -> dict[str, str]:
     }
 
 
+def fake_gpu_environment() -> dict[str, str]:
+    """Variables under which processes have a GPU that is the CPU (tests/fake_gpu).
+
+    Raises:
+        Missing: as ``environment``.
+    """
+    variables = environment()
+    site = ROOT / "tests" / "fake_gpu" / "site"
+    paths = [str(site), str(ROOT), variables["PYTHONPATH"]]
+    more = {"PYTHONPATH": os.pathsep.join(paths), "NVTE_TORCH_COMPILE": "0"}
+    return {**variables, **more, "CUDA_VISIBLE_DEVICES": "0"}
+
+
+def fake_gpu() -> dict[str, str]:
+    """The same in a test, which it skips where that cannot be had."""
+    try:
+        return fake_gpu_environment()
+    except Missing as missing:
+        pytest.skip(f"Transformer Engine on a CPU needs {missing}")
+
+
 def outcomes(file: str, checks: list[str]) -> dict[str, str]:
     """``isolated.outcomes`` beside Transformer Engine; skips the test where that is missing."""
     try:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests import fake_gpu
 from tests.helpers import isolated, te
 
 ROOT = isolated.ROOT
@@ -154,21 +153,22 @@ def check_what_is_not_there_says_so() -> None:
 CHECKS = [name for name in globals() if name.startswith("check_")]
 
 
-def _variables() -> dict[str, str]:
-    try:
-        return fake_gpu.environment()
-    except te.Missing as missing:
-        pytest.skip(f"Transformer Engine needs {missing}")
-
-
 @pytest.fixture(scope="module")
 def failures() -> dict[str, str]:
-    return isolated.outcomes(__file__, CHECKS, variables=_variables())
+    return isolated.outcomes(__file__, CHECKS, variables=te.fake_gpu())
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_fake_gpu(failures: dict[str, str], name: str) -> None:
     assert not failures[name], failures[name]
+
+
+def test_programs_may_be_run_on_it() -> None:
+    te.fake_gpu()
+    program = "import torch; x = torch.ones(2, device='cuda'); print(torch.cuda.get_device_name())"
+    command = [sys.executable, "-m", "tests.fake_gpu", "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "a host that poses as a GPU\n", done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("file", ["test_experts_gpu", "test_models_gpu"])
@@ -178,7 +178,7 @@ def test_the_gpu_suite_around_emulated_kernels(file: str) -> None:
     done = subprocess.run(
         [*command, f"tests/gpu/{file}.py"],
         cwd=ROOT,
-        env={**os.environ, **_variables(), "CUDA_VISIBLE_DEVICES": "0"},
+        env={**os.environ, **te.fake_gpu()},
         capture_output=True,
         text=True,
     )

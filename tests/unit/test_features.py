@@ -9,7 +9,7 @@ import pytest
 from tests.helpers import isolated
 from tests.helpers.isolated import ROOT
 
-ANSWERS = {"yes", "built", "refused", "none"}
+ANSWERS = {"yes", "emulated", "built", "refused", "none"}
 
 
 def rows() -> list[tuple[str, list[str], str, str]]:

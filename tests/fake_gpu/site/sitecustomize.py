@@ -1,5 +1,8 @@
 """Python imports this at its start, wherever this folder is on PYTHONPATH."""
 
-from tests.fake_gpu import device
+from importlib import util
 
-device.install()
+if util.find_spec("torch"):  # another Python may be started from within the environment
+    from tests.fake_gpu import device
+
+    device.install()

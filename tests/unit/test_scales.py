@@ -1,0 +1,48 @@
+"""Delayed scaling's pickled history: a run's own is read, others' after a word of the user."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moa_megatron import scales
+
+DELAYED = SimpleNamespace(fp8="hybrid", fp8_recipe="delayed")
+
+
+def asked(load: str, saved: Any = DELAYED, impl: str = "transformer_engine") -> list[str]:
+    args: Any = SimpleNamespace(load=load, save="runs/mine", transformer_impl=impl)
+    return scales.problems(args, saved)
+
+
+@pytest.fixture(autouse=True)
+def newest_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scales, "_asks", lambda: True)
+    monkeypatch.setenv(scales.ALLOW, "0")
+    monkeypatch.delenv(scales.ALLOW)
+
+
+def test_own_history_is_read() -> None:
+    assert asked("runs/mine") == [] and os.environ[scales.ALLOW] == "1"
+
+
+def test_a_word_of_the_user_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    (problem,) = asked("runs/theirs")
+    assert "runs/theirs" in problem and f"set {scales.ALLOW}=1" in problem
+    assert scales.ALLOW not in os.environ
+    monkeypatch.setenv(scales.ALLOW, "1")
+    assert asked("runs/theirs") == []
+    monkeypatch.setenv(scales.ALLOW, "0")
+    assert asked("runs/mine"), "forbidden by the user"
+
+
+def test_others_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert asked("runs/theirs", SimpleNamespace(fp8="e4m3", fp8_recipe="blockwise")) == []
+    assert asked("runs/theirs", SimpleNamespace(fp8=None, fp8_recipe="delayed")) == []
+    assert asked("runs/theirs", SimpleNamespace()) == [], "older than FP8"
+    assert asked("runs/theirs", impl="local") == [], "modules without such state"
+    monkeypatch.setattr(scales, "_asks", lambda: False)
+    assert asked("runs/theirs") == [], "an engine that does not ask"
