@@ -1,8 +1,9 @@
-"""torch.cuda as one Hopper GPU that is the CPU. `site/` installs it in every process."""
+"""torch.cuda as one GPU that is the CPU. `site/` installs it in every process."""
 
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from moa_megatron.host import collectives, modules, redirect
 from tests.fake_gpu import fused_weight_gradient_mlp_cuda, kernels
 
-CAPABILITY = (9, 0)
+# Hopper's, or another, as 10.0 for Blackwell.
+MAJOR, MINOR = map(int, os.environ.get("MOA_FAKE_GPU", "9.0").split("."))
 # What Transformer Engine and GPUs have, host mode does without.
 _OWN = ("hybrid.hybrid_block", "transformer.dot_product_attention", "transformer.torch_norm")
 
@@ -21,14 +23,14 @@ def install() -> None:
     """Before Megatron's import."""
     redirect.install()
     properties = SimpleNamespace(
-        **{"name": "a host that poses as a GPU", "major": CAPABILITY[0], "minor": CAPABILITY[1]},
+        **{"name": "a host that poses as a GPU", "major": MAJOR, "minor": MINOR},
         **{"total_memory": 80 * 2**30, "multi_processor_count": 132},
     )
     answers: dict[str, Any] = {
         "is_available": True,
         "device_count": 1,
         "get_device_properties": properties,
-        "get_device_capability": CAPABILITY,
+        "get_device_capability": (MAJOR, MINOR),
         "get_device_name": properties.name,
         "is_bf16_supported": True,
     }

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.fake_gpu import mxfp8
+
 
 def torch_type(dtype: Any) -> Any:
     """The torch.dtype of an element type of Transformer Engine's; None of None."""
@@ -26,21 +28,28 @@ def quantised() -> tuple[type, ...]:
     """Classes of the tensors that are emulated."""
     from transformer_engine.pytorch.tensor.storage import float8_blockwise_tensor_storage as blocks
     from transformer_engine.pytorch.tensor.storage import float8_tensor_storage as whole
+    from transformer_engine.pytorch.tensor.storage import mxfp8_tensor_storage as micro
 
-    return (whole.Float8TensorStorage, blocks.Float8BlockwiseQTensorStorage)
+    return (
+        whole.Float8TensorStorage,
+        blocks.Float8BlockwiseQTensorStorage,
+        micro.MXFP8TensorStorage,
+    )
 
 
 def operand(value: Any, along_rows: bool) -> Tensor:
-    """A product's factor in float32, from the copy that a Hopper GPU reads.
+    """A product's factor in float32, from the copy that a GPU reads.
 
     Args:
         along_rows: whether the product sums over the last dimension.
     """
-    whole, blocks = quantised()
-    if not isinstance(value, (whole, blocks)):
+    whole, blocks, micro = quantised()
+    if not isinstance(value, quantised()):
         return value.float()  # type: ignore[no-any-return]
+    if isinstance(value, micro):
+        return mxfp8.operand(value, along_rows, torch_type(value._fp8_dtype))
     if isinstance(value, whole):
-        if along_rows:
+        if along_rows or _reads_both_ways():
             assert value._data is not None, "an FP8 product without the rows' copy"
             return _values(value._data, value) * value._scale_inv
         usable = value._transpose is not None and not value._transpose_invalid
@@ -53,6 +62,12 @@ def operand(value: Any, along_rows: bool) -> Tensor:
     return blocks(**metadata).dequantize(dtype=torch.float32)  # type: ignore[no-any-return]
 
 
+def _reads_both_ways() -> bool:
+    from transformer_engine.pytorch.utils import is_non_tn_fp8_gemm_supported
+
+    return bool(is_non_tn_fp8_gemm_supported())  # from Blackwell on
+
+
 def _values(data: Tensor, owner: Any) -> Tensor:
     return data.view(torch_type(owner._fp8_dtype)).float()
 
@@ -63,6 +78,8 @@ def create(quantizer: Any, shape: Sequence[int], dtype: torch.dtype, *rest: Any)
     from transformer_engine.pytorch.tensor import float8_tensor as whole
 
     shape = [int(size) for size in shape]
+    if mxfp8.is_quantiser(quantizer):
+        return mxfp8.create(quantizer, shape, dtype)
     columns = [shape[-1], *shape[:-1]]
     rowwise, columnwise = quantizer.rowwise_usage, quantizer.columnwise_usage
     data = torch.empty(shape, dtype=torch.uint8) if rowwise else None
@@ -80,6 +97,8 @@ def create(quantizer: Any, shape: Sequence[int], dtype: torch.dtype, *rest: Any)
     else:
         known = (whole.Float8Quantizer, whole.Float8CurrentScalingQuantizer)
         assert isinstance(quantizer, known), f"not emulated: {type(quantizer).__name__}"
+        if _reads_both_ways():
+            data, transposed = torch.empty(shape, dtype=torch.uint8), None
         words |= {"data": data, "data_transpose": transposed, "fp8_scale_inv": torch.ones(1)}
         kinds = (whole.Float8TensorStorage, whole.Float8Tensor)
     if quantizer.internal:
@@ -97,7 +116,9 @@ def quantize(value: Tensor, quantizer: Any, out: Any = None, noop: Tensor | None
     made = create(quantizer, value.shape, value.dtype) if out is None else out
     if noop is not None and noop.numel() and bool(noop.item()):
         return made
-    if isinstance(quantizer, blocks.Float8BlockQuantizer):
+    if mxfp8.is_quantiser(quantizer):
+        mxfp8.fill(made, value, torch_type(quantizer.dtype))
+    elif isinstance(quantizer, blocks.Float8BlockQuantizer):
         _fill_blocks(made, value, quantizer)
     else:
         _fill_whole(made, value, quantizer)
@@ -239,10 +260,17 @@ def partial_cast(
     out.copy_(scaled.to(form).view(torch.uint8).view(out.shape))
 
 
+def dequantize(value: Any, dtype: Any) -> Tensor:
+    """``tex.dequantize``; most formats have it in Python."""
+    if isinstance(value, quantised()[2]):
+        return mxfp8.dequantize(value, torch_type(value._fp8_dtype)).to(torch_type(dtype))
+    return value.dequantize(dtype=torch_type(dtype))  # type: ignore[no-any-return]
+
+
 KERNELS: dict[str, Callable[..., Any]] = {
     "create_empty_quantized_tensor": create,
     "quantize": quantize,
-    "dequantize": lambda value, dtype: value.dequantize(dtype=torch_type(dtype)),
+    "dequantize": dequantize,
     "split_quantize": split_quantize,
     "bgrad_quantize": bgrad_quantize,
     "fp8_transpose": transpose,

@@ -2,8 +2,8 @@
 
 All of its Python is its own: modules, autograd functions, quantisers, recipes and their state. What
 it calls in ``transformer_engine_torch`` is replaced by the definition of the same function, with
-the tensors' roles as on Hopper: an FP8 product takes both operands along the summed dimension, so
-it needs the copy that the module has to have made. Not here: fused attention, user buffers,
+the tensors' roles as on a GPU: Hopper's FP8 products take both operands along the summed dimension,
+so they need the copies that modules have to have made. Not here: fused attention, user buffers,
 grouped tensors in one buffer (Blackwell), NVFP4.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.fake_gpu import attention, formats
+from tests.fake_gpu import attention, formats, optimisers
 
 
 def install() -> None:
@@ -262,75 +262,6 @@ def update_scales(
         history[0] = 0
 
 
-def adam(
-    chunk: int,
-    overflow: Tensor,
-    lists: list[list[Tensor]],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    step: int,
-    decoupled: int,
-    bias_correction: int,
-    weight_decay: float,
-) -> None:
-    """``tex.multi_tensor_adam``: Adam, with the decay decoupled (AdamW) or in the gradient."""
-    if overflow.item():
-        return
-    corrections = [1 - beta**step if bias_correction else 1.0 for beta in (beta1, beta2)]
-    for grad, parameter, mean, square, *main in zip(*lists, strict=True):
-        weight = (main or [parameter])[0].float()
-        grad = grad.float() if decoupled else grad.float() + weight_decay * weight
-        mean.copy_(beta1 * mean.float() + (1 - beta1) * grad)
-        square.copy_(beta2 * square.float() + (1 - beta2) * grad.square())
-        change = (mean.float() / corrections[0]) / ((square.float() / corrections[1]).sqrt() + eps)
-        weight = weight - lr * (change + (weight_decay * weight if decoupled else 0))
-        for target in (parameter, *main):
-            target.copy_(weight)
-
-
-def sgd(
-    chunk: int,
-    overflow: Tensor,
-    lists: list[list[Tensor]],
-    weight_decay: float,
-    momentum: float,
-    dampening: float,
-    lr: float,
-    nesterov: bool,
-    first: bool,
-    decay_last: bool,
-    factor: float,
-) -> None:
-    """``tex.multi_tensor_sgd``: in float32, with momentum."""
-    assert not decay_last, "not emulated"
-    if overflow.item():
-        return
-    for grad, parameter, kept in zip(*lists, strict=True):
-        change = grad.float() * factor + weight_decay * parameter
-        if momentum:
-            kept.copy_(change if first else momentum * kept + (1 - dampening) * change)
-            change = change + momentum * kept if nesterov else kept
-        parameter.sub_(lr * change)
-
-
-def l2norm(
-    chunk: int, overflow: Tensor, lists: list[list[Tensor]], each: bool = False
-) -> tuple[Tensor, Tensor]:
-    """``tex.multi_tensor_l2norm``: of all tensors together, and of each."""
-    norms = torch.stack([tensor.float().norm() for tensor in lists[0]])
-    return norms.norm().reshape(1), norms if each else torch.zeros(1)
-
-
-def scaled(chunk: int, overflow: Tensor, lists: list[list[Tensor]], factor: float) -> None:
-    """``tex.multi_tensor_scale``: the second list from the first; notes what is not finite."""
-    for source, target in zip(*lists, strict=True):
-        target.copy_(source.float() * factor)
-        if not source.isfinite().all():
-            overflow.fill_(1)
-
-
 KERNELS: dict[str, Callable[..., Any]] = {
     "generic_gemm": generic_gemm,
     "te_general_grouped_gemm": grouped_gemm,
@@ -339,11 +270,6 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "rmsnorm_fwd": rmsnorm_fwd,
     "rmsnorm_bwd": rmsnorm_bwd,
     "rmsnorm_bwd_add": rmsnorm_bwd_add,
-    "multi_tensor_adam": adam,
-    "multi_tensor_sgd": sgd,
-    "multi_tensor_l2norm": l2norm,
-    "multi_tensor_scale": scaled,
-    "multi_tensor_scale_tensor": scaled,
     "fused_multi_row_padding": pad_rows,
     "fused_multi_row_unpadding": unpad_rows,
     "fused_amax_and_scale_update_after_reduction": update_scales,
@@ -352,4 +278,5 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "get_num_cublas_streams": lambda: 4,
     **attention.KERNELS,
     **formats.KERNELS,
+    **optimisers.KERNELS,
 }

@@ -61,13 +61,8 @@ def test_equals_sequential_experts(kind: str, scope: str) -> None:
         assert_close(name, found[name], value, 1e-2)
 
 
-def _recipes() -> list[str]:
-    newest = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 10
-    return [name for name in grouped.FP8 if newest or name != "mxfp8"]
-
-
 @engine
-@pytest.mark.parametrize("recipe", _recipes())
+@pytest.mark.parametrize("recipe", grouped.recipes())
 @pytest.mark.parametrize("variant", ["one", "bi", "qd"])
 def test_fp8_pads_every_expert_and_stays_near(variant: str, recipe: str) -> None:
     inputs = grouped.make_inputs(SHAPE, CUDA, LOADS)
@@ -80,7 +75,7 @@ def test_fp8_pads_every_expert_and_stays_near(variant: str, recipe: str) -> None
 
 @engine
 @pytest.mark.parametrize("scope", ["layer", "expert"])
-@pytest.mark.parametrize("recipe", _recipes())
+@pytest.mark.parametrize("recipe", grouped.recipes())
 def test_gates_are_not_quantised(recipe: str, scope: str) -> None:
     from megatron.core.fp8_utils import get_fp8_context
 

@@ -134,7 +134,7 @@ def check_fp8_trains_every_parameter() -> None:
             more = {"moe_grouped_gemm": True} if family.endswith("moe") else {}
             plain = built(family, True, **more)
             wanted = loss_and_gradients(plain)
-            for recipe in ("delayed", "tensorwise", "blockwise"):
+            for recipe in grouped.recipes():
                 settings = {"fp8": grouped.FP8[recipe], "fp8_recipe": recipe}
                 other = built(family, True, **more, **settings)
                 other.load_state_dict(plain.state_dict())

@@ -66,6 +66,12 @@ def has_engine() -> bool:
     return True
 
 
+def recipes() -> list[str]:
+    """FP8 recipes of this GPU."""
+    newest = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 10
+    return [name for name in FP8 if newest or name != "mxfp8"]
+
+
 def make_inputs(shape: Shape, device: torch.device, counts: Sequence[int] | None = None) -> Inputs:
     """Normal tokens; without ``counts``, loads that differ by up to a factor of three."""
     generator = torch.Generator(device).manual_seed(0)
