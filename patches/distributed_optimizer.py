@@ -11,9 +11,16 @@ from moa_megatron.patches._registry import Patch
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 
 
+def _has_torch_adam(optimizer: Any) -> bool:
+    """Not so where Transformer Engine or Apex brings its own, also inside of an offloaded one."""
+    from megatron.core.optimizer import distrib_optimizer
+
+    return isinstance(optimizer, torch.optim.Adam) and not distrib_optimizer.HAVE_APEX_OR_TE
+
+
 def _fill_fresh_state(optimizer: torch.optim.Optimizer) -> None:
     """What torch's Adam itself puts there at its first step."""
-    if optimizer.state or not isinstance(optimizer, torch.optim.Adam):
+    if optimizer.state or not _has_torch_adam(optimizer):
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -42,8 +49,9 @@ def _make_set_states(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
         # Upstream passes over entries that are not tensors.
+        stale = {"step": None} if _has_torch_adam(self.optimizer) else {}
         with torch.no_grad():
-            original(self, model_param, {**tensors, "step": None})
+            original(self, model_param, {**tensors, **stale})
 
     return set_states
 
@@ -55,7 +63,7 @@ def _make_load_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
         original(self, state_dict)
-        if isinstance(self.optimizer, torch.optim.Adam):
+        if _has_torch_adam(self.optimizer):
             for state in self.optimizer.state.values():
                 state["step"] = state["step"].clone()
 
