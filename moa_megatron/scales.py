@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from importlib import util
 from typing import Any
 
+logger = logging.getLogger(__name__)
 ALLOW = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
 def problems(args: argparse.Namespace, saved: Any) -> list[str]:
-    """Allows the run's own history; what comes from elsewhere is for its user to trust.
+    """Allows the history in the run's own folder; a ``--load`` is for its user to trust.
 
     The history of largest values is a Python pickle in ``_extra_state``, and reading a pickle can
     run code; other recipes keep none (``transformer_engine.pytorch._extra_state``, from 2.17 on).
@@ -19,17 +21,42 @@ def problems(args: argparse.Namespace, saved: Any) -> list[str]:
     Args:
         saved: the arguments stored in the checkpoint at ``args.load``.
     """
-    delayed = getattr(saved, "fp8", None) and getattr(saved, "fp8_recipe", None) == "delayed"
-    if not delayed or args.transformer_impl != "transformer_engine":
+    if args.transformer_impl != "transformer_engine" or not _delayed(saved):
         return []
-    if args.load == args.save:
-        os.environ.setdefault(ALLOW, "1")
+    if args.load == args.save and ALLOW not in os.environ:
+        logger.info("%s=1: the run reads its own history of FP8 scales", ALLOW)
+        os.environ[ALLOW] = "1"
+    found = [] if not _delayed(args) else _moved(args, saved)
     if os.environ.get(ALLOW) == "1" or not _asks():
-        return []
+        return found
     return [
         f"--load {args.load}: --fp8-recipe delayed left its history there as Python pickles, and "
-        f"reading one can run code. Where you trust the checkpoint, set {ALLOW}=1"
+        f"reading one can run code. Where you trust the checkpoint, set {ALLOW}=1",
+        *found,
     ]
+
+
+def _moved(args: argparse.Namespace, saved: Any) -> list[str]:
+    """Megatron takes the scales of grouped experts apart in another order than they have.
+
+    ``TEGroupedLinear`` reads kind by kind what ``GroupedLinear`` writes product by product, which
+    is harmless while each rank keeps its experts.
+    """
+    names = ("expert_model_parallel_size", "moe_grouped_gemm")
+    pairs = [(name, getattr(saved, name, None), getattr(args, name, None)) for name in names]
+    found = [f"{name}: checkpoint {old}, this run {new}" for name, old, new in pairs if old != new]
+    if not found or not args.num_experts or not (pairs[1][1] or pairs[1][2]):
+        return []
+    return [
+        f"delayed scaling's history in {args.load} cannot be given to other experts "
+        f"({'; '.join(found)}): keep these, or continue with another --fp8-recipe"
+    ]
+
+
+def _delayed(args: Any) -> bool:
+    """Also for checkpoints that are older than the choice of a recipe."""
+    recipe = getattr(args, "fp8_recipe", None) or "delayed"
+    return bool(getattr(args, "fp8", None)) and recipe == "delayed"
 
 
 def _asks() -> bool:

@@ -103,6 +103,7 @@ part() { # NAME COMMAND...
   running=$!
   wait "$running"
   local code=$?
+  running=
   echo "$name: exit $code after $((SECONDS - start)) s; ends with"
   tail -n 25 "$out/$name.txt" | cut -c1-300
   [ "$code" = 0 ] || {

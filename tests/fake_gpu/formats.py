@@ -6,6 +6,7 @@ that of 128 values or 128 x 128 (blockwise). The dequantisation is Transformer E
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,6 +63,22 @@ def operand(value: Any, along_rows: bool) -> Tensor:
     return blocks(**metadata).dequantize(dtype=torch.float32)  # type: ignore[no-any-return]
 
 
+def check_factors(a: Any, b: Any, *values: Tensor) -> None:
+    """What cuBLAS asks of the factors of an FP8 product, whose ``values`` are the operands."""
+    kinds = [[k for k in quantised() if isinstance(value, k)] for value in (a, b)]
+    if not any(kinds):
+        return
+    assert kinds[0] == kinds[1], f"factors of two formats: {type(a).__name__}, {type(b).__name__}"
+    forms = {torch_type(value._fp8_dtype) for value in (a, b)}
+    assert forms != {torch.float8_e5m2}, "both factors have e5m2"
+    squares = [getattr(value, "_is_2D_scaled", False) for value in (a, b)]
+    assert not all(squares), "both factors have scales of squares"
+    multiple = mxfp8.SIZE if kinds[0] == [quantised()[2]] else 16
+    for value in values:
+        rows, columns = math.prod(value.shape[:-1]), value.shape[-1]
+        assert rows % multiple == columns % multiple == 0, f"{rows} x {columns} in FP8"
+
+
 def _reads_both_ways() -> bool:
     from transformer_engine.pytorch.utils import is_non_tn_fp8_gemm_supported
 
@@ -113,7 +130,8 @@ def quantize(value: Tensor, quantizer: Any, out: Any = None, noop: Tensor | None
     value = value.detach()
     if isinstance(value, quantised()):
         value = value.dequantize()
-    made = create(quantizer, value.shape, value.dtype) if out is None else out
+    made = create(quantizer, value.shape, value.dtype)
+    made = made if out is None else _with_copies(out, made)
     if noop is not None and noop.numel() and bool(noop.item()):
         return made
     if mxfp8.is_quantiser(quantizer):
@@ -123,6 +141,22 @@ def quantize(value: Tensor, quantizer: Any, out: Any = None, noop: Tensor | None
     else:
         _fill_whole(made, value, quantizer)
     return made
+
+
+_COPIES = ("_data", "_transpose", "_rowwise_data", "_columnwise_data")
+_COPIES += ("_rowwise_scale_inv", "_columnwise_scale_inv")
+
+
+def _with_copies(out: Any, fresh: Any) -> Any:
+    """``out`` with the copies that its quantiser makes now, and no others."""
+    for name in _COPIES:
+        if getattr(fresh, name, None) is None and getattr(out, name, None) is not None:
+            setattr(out, name, None)
+        elif getattr(fresh, name, None) is not None and getattr(out, name, None) is None:
+            setattr(out, name, getattr(fresh, name))
+    if hasattr(out, "_transpose"):
+        out._transpose_invalid = out._transpose is None
+    return out
 
 
 def _most(quantizer: Any) -> float:
@@ -141,7 +175,7 @@ def _scale(amax: Tensor, most: float, powers: bool, epsilon: float) -> Tensor:
     scale = most / amax
     scale = torch.where((amax > 0) & amax.isfinite(), scale, torch.ones_like(scale))
     scale = scale.clamp(max=torch.finfo(torch.float32).max)
-    return scale.log2().floor().exp2() if powers else scale
+    return (scale.frexp().exponent - 1.0).exp2() if powers else scale
 
 
 def _own_scale(amax: Tensor, quantizer: Any) -> Tensor:

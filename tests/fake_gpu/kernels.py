@@ -50,6 +50,7 @@ def _product(a: Any, transpose_a: bool, b: Any, transpose_b: bool) -> Tensor:
     """
     left = formats.operand(b, along_rows=not transpose_b)
     right = formats.operand(a, along_rows=transpose_a)
+    formats.check_factors(a, b, left, right)
     right = right.flatten(0, -2)
     if transpose_b:
         return left.flatten(0, -2).T @ (right.T if transpose_a else right)

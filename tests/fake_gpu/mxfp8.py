@@ -54,7 +54,8 @@ def _cast(matrix: Tensor, form: torch.dtype) -> tuple[Tensor, Tensor]:
     """Bytes and exponents, by blocks along the rows; the scale is rounded up to a power of two."""
     most = torch.finfo(form).max
     blocks = matrix.reshape(len(matrix), matrix.shape[1] // SIZE, SIZE)
-    exponents = (blocks.abs().amax(-1) / most).log2().ceil().clamp(-BIAS, BIAS)
+    mantissa, exponents = torch.frexp(blocks.abs().amax(-1) / most)
+    exponents = (exponents.float() - (mantissa == 0.5).float()).clamp(-BIAS, BIAS)
     scaled = blocks * (-exponents).exp2().unsqueeze(-1)
     data = scaled.clamp(-most, most).to(form).view(torch.uint8).view(matrix.shape)
     return data, (exponents + BIAS).to(torch.uint8)

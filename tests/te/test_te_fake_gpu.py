@@ -80,10 +80,13 @@ def check_delayed_scaling_is_that_of_transformer_engine() -> None:
         histories = [torch.rand(4, 3, generator=generator) for _ in range(2)]
         scales = [torch.rand(3, generator=generator) for _ in range(2)]
         histories[0][:, 1] = 0  # nothing was seen: the scale stays
+        amax = torch.rand(6, generator=generator) * 3  # over all ranks: others saw more
+        amax[1], amax[4] = 0, torch.inf
         wanted = [(history.clone(), scale.clone()) for history, scale in zip(histories, scales)]
+        for (history, _), part in zip(wanted, amax.split(3)):
+            history[0] = part
         for history, scale in wanted:
             _amax_and_scale_update(history, scale, 448.0, recipe)
-        amax = torch.cat([history[0] for history in histories])
         kernels.update_scales(amax, histories, scales, algorithm, DType.kFloat8E4M3, 0)
         for history, scale, (old, other) in zip(histories, scales, wanted):
             assert torch.equal(history, old) and torch.allclose(scale, other, rtol=1e-6)

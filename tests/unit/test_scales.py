@@ -13,8 +13,11 @@ from moa_megatron import scales
 DELAYED = SimpleNamespace(fp8="hybrid", fp8_recipe="delayed")
 
 
-def asked(load: str, saved: Any = DELAYED, impl: str = "transformer_engine") -> list[str]:
-    args: Any = SimpleNamespace(load=load, save="runs/mine", transformer_impl=impl)
+def asked(
+    load: str, saved: Any = DELAYED, impl: str = "transformer_engine", **more: Any
+) -> list[str]:
+    values = {"load": load, "save": "runs/mine", "transformer_impl": impl, **more}
+    args: Any = SimpleNamespace(**values)
     return scales.problems(args, saved)
 
 
@@ -43,6 +46,23 @@ def test_others_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked("runs/theirs", SimpleNamespace(fp8="e4m3", fp8_recipe="blockwise")) == []
     assert asked("runs/theirs", SimpleNamespace(fp8=None, fp8_recipe="delayed")) == []
     assert asked("runs/theirs", SimpleNamespace()) == [], "older than FP8"
+    assert asked("runs/theirs", SimpleNamespace(fp8="hybrid")), "older than other recipes"
     assert asked("runs/theirs", impl="local") == [], "modules without such state"
     monkeypatch.setattr(scales, "_asks", lambda: False)
     assert asked("runs/theirs") == [], "an engine that does not ask"
+
+
+def test_history_does_not_move_between_experts() -> None:
+    words = {"fp8": "hybrid", "fp8_recipe": "delayed", "num_experts": 8, "moe_grouped_gemm": True}
+    saved = SimpleNamespace(**words, expert_model_parallel_size=1)
+    assert asked("runs/mine", saved, **words, expert_model_parallel_size=1) == []
+    (problem,) = asked("runs/mine", saved, **words, expert_model_parallel_size=2)
+    assert "expert_model_parallel_size: checkpoint 1, this run 2" in problem
+    assert "another --fp8-recipe" in problem
+    sequential = {**words, "moe_grouped_gemm": False, "expert_model_parallel_size": 1}
+    assert "moe_grouped_gemm" in asked("runs/mine", saved, **sequential)[0]
+    other = {**words, "fp8_recipe": "tensorwise", "expert_model_parallel_size": 2}
+    assert asked("runs/mine", saved, **other) == []
+    saved = SimpleNamespace(**{**words, "moe_grouped_gemm": False}, expert_model_parallel_size=1)
+    sequential["expert_model_parallel_size"] = 2
+    assert asked("runs/mine", saved, **sequential) == [], "each expert has its own"

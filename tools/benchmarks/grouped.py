@@ -67,9 +67,21 @@ def has_engine() -> bool:
 
 
 def recipes() -> list[str]:
-    """FP8 recipes of this GPU."""
-    newest = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 10
-    return [name for name in FP8 if newest or name != "mxfp8"]
+    """FP8 recipes that Transformer Engine has for this GPU."""
+    if not has_engine():
+        return list(FP8)
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager as manager
+
+    tensors, blocks, micro = (
+        asked()[0]
+        for asked in (
+            manager.is_fp8_available,
+            manager.is_fp8_block_scaling_available,
+            manager.is_mxfp8_available,
+        )
+    )
+    have = {"delayed": tensors, "tensorwise": tensors, "blockwise": blocks, "mxfp8": micro}
+    return [name for name in FP8 if have[name]]
 
 
 def make_inputs(shape: Shape, device: torch.device, counts: Sequence[int] | None = None) -> Inputs:
