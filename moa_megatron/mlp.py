@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.enums import Fp8Recipe
 from megatron.core.extensions.transformer_engine import set_save_original_input
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -115,12 +116,9 @@ class MoAMLP(MLP):
             coefficients = self.gate_in_use(hidden_states, routed=self.is_expert)
         with ranges.FC1:
             preact, bias = self.linear_fc1(hidden_states)
-        with ranges.MIXTURE:
-            if bias is not None:
-                preact = preact + bias
-            hidden = mixture(preact, coefficients, self.moa, per_token_scale)
-        if observing.active:
-            observing.record(self, preact, hidden, coefficients, per_token_scale)
+        if bias is not None:
+            preact = preact + bias
+        hidden = self._mix(preact, coefficients, per_token_scale)
         with ranges.FC2:
             output, output_bias = self.linear_fc2(hidden)
         if per_token_scale is not None and output_bias is not None:
@@ -129,9 +127,25 @@ class MoAMLP(MLP):
             output_bias = None
         return output, output_bias
 
+    def _mix(
+        self, preact: Tensor, coefficients: Tensor, per_token_scale: Tensor | None = None
+    ) -> Tensor:
+        with ranges.MIXTURE:
+            hidden = mixture(preact, coefficients, self.moa, per_token_scale)
+        if observing.active:
+            observing.record(self, preact, hidden, coefficients, per_token_scale)
+        return hidden
+
 
 class MoASharedExpertMLP(SharedExpertMLP, MoAMLP):
-    """Megatron's shared expert around ``MoAMLP``; the method resolution order does the work."""
+    """Megatron's shared expert around ``MoAMLP``; the method resolution order does the work.
+
+    With ``--moe-shared-expert-overlap`` the dispatcher calls upstream's stages in the place of
+    ``forward``. They ask an activation of the user's, which is the mixture here, and gates are read
+    where the input is: in the first stage, on the stream of the others.
+    """
+
+    _coefficients: tuple[Tensor, ...] = ()  # in a tuple: they may be a parameter of another module
 
     def __init__(
         self,
@@ -153,6 +167,19 @@ class MoASharedExpertMLP(SharedExpertMLP, MoAMLP):
             pg_collection=pg_collection,
             name=name,
         )
+        if self.config.moe_shared_expert_overlap:
+            self.config.use_te_activation_func = True  # of this module's own copy
+            self.activation_func = self._mix_overlapped
+
+    def pre_forward_comm(self, input: Tensor, wait_current_stream: bool = True) -> None:
+        """As upstream, and the coefficients: gathered with the input under sequence parallelism."""
+        super().pre_forward_comm(input, wait_current_stream)
+        with torch.cuda.stream(self.stream), ranges.GATE:
+            self._coefficients = (self.gate_in_use(input),)
+
+    def _mix_overlapped(self, preact: Tensor) -> Tensor:
+        (coefficients,), self._coefficients = self._coefficients, ()
+        return self._mix(preact, coefficients)
 
     def _recomputes_input(self, is_expert: bool) -> bool:
         del is_expert

@@ -44,6 +44,8 @@ _MOE = {
     "moe_token_dispatcher_type": "alltoall",
     "moe_router_load_balancing_type": "none",
 }
+# Megatron wants 16 bits for these; in 32 they can be held to float32's rounding.
+_UNCHECKED = ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute")
 
 
 @contextmanager
@@ -100,9 +102,12 @@ def transformer_config(model: Model, layout: Layout) -> TransformerConfig:
     }
     values |= _MOE if model.moe else {}
     # Options are tuples where Megatron wants lists, so that a model can be a key.
-    for name, value in model.options:
-        values[name] = list(value) if isinstance(value, tuple) else value
-    return TransformerConfig(**values)
+    options = {k: list(v) if isinstance(v, tuple) else v for k, v in model.options}
+    unchecked = {name: options.pop(name) for name in _UNCHECKED if name in options}
+    config = TransformerConfig(**(values | options))
+    for name, value in unchecked.items():
+        setattr(config, name, value)
+    return config
 
 
 def _pattern(model: Model, layout: Layout) -> str:
@@ -156,7 +161,10 @@ def build(model: Model, layout: Layout) -> list[DistributedDataParallel]:
         muon.split_fc1(chunks)
     for parameter in (p for chunk in chunks for p in chunk.parameters()):
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=layout.sharded_optimizer)
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=layout.sharded_optimizer,
+        delay_wgrad_compute=config.delay_wgrad_compute,
+    )
     return [
         DistributedDataParallel(config, ddp, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)

@@ -19,6 +19,7 @@ from torch import Tensor
 from moa_megatron import gates, grouped_linear
 from moa_megatron.gates import MoAGate
 from moa_megatron.grouped_linear import MoAGroupedGate
+from moa_megatron.mlp import MoASharedExpertMLP
 
 Forward = Callable[[MoAGate, Tensor, bool], Tensor]
 _right_forward: Forward = MoAGate.forward
@@ -65,6 +66,12 @@ def _grouped_copies_logits(gate: MoAGroupedGate, x: Tensor, counts: Sequence[int
     return copy_to_tensor_model_parallel_region(logits, group=gate.groups.expt_tp)
 
 
+def _detached(shared: MoASharedExpertMLP, preact: Tensor) -> Tensor:
+    """What an overlapped path without a gradient to its gates would be."""
+    (coefficients,), shared._coefficients = shared._coefficients, ()
+    return shared._mix(preact, coefficients.detach())
+
+
 def _forward(wrong: Forward) -> Any:
     return mock.patch.object(MoAGate, "forward", wrong)
 
@@ -103,6 +110,9 @@ WRONG: dict[str, Callable[[], Any]] = {
     ),
     "grouped_unsaved": lambda: mock.patch.object(
         MoAGroupedGate, "sharded_state_dict", lambda *_, **__: {}
+    ),
+    "shared_stages_without_gate": lambda: mock.patch.object(
+        MoASharedExpertMLP, "_mix_overlapped", _detached
     ),
     "unsaved": lambda: mock.patch.object(MoAGate, "sharded_state_dict", lambda *_, **__: {}),
 }

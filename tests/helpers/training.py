@@ -95,7 +95,9 @@ def _microbatches(step: int) -> list[Tensor]:
     return list(batch[first :: parallel_state.get_data_parallel_world_size()].split(1))
 
 
-def _forward_step(data: Iterator[Tensor], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+def _forward_step(
+    data: Iterator[Tensor], chunk: Any, return_schedule_plan: bool = False
+) -> tuple[Any, Any]:
     sequence = next(data)
     batch = {
         "tokens": sequence[:, :-1],
@@ -104,8 +106,8 @@ def _forward_step(data: Iterator[Tensor], chunk: torch.nn.Module) -> tuple[Tenso
     }
     group = parallel_state.get_context_parallel_group()
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
-    output = chunk(batch["tokens"], batch["positions"], None, labels=batch["labels"])
-    return output, _loss
+    run = chunk.build_schedule_plan if return_schedule_plan else chunk
+    return run(batch["tokens"], batch["positions"], None, labels=batch["labels"]), _loss
 
 
 def _loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:

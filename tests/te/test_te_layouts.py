@@ -107,6 +107,8 @@ OPTIONS: dict[str, tuple[Model, Layout, dict[str, Any]]] = {
         )
         for module in ("mlp", "layernorm", "moe", "moe_act", "shared_experts")
     },
+    "overlapped shared experts": (LAYER, EP2_ETP1, {"moe_shared_expert_overlap": True}),
+    "overlapped shared experts of their own": (EXPERT, SP, {"moe_shared_expert_overlap": True}),
     "fused accumulation, dense": (DENSE, ALL, {"gradient_accumulation_fusion": True}),
     "fused accumulation, experts": (EXPERT, EP2_ETP1, {"gradient_accumulation_fusion": True}),
 }
@@ -116,6 +118,22 @@ OPTIONS: dict[str, tuple[Model, Layout, dict[str, Any]]] = {
 def test_options_change_nothing(local: Bench, engine: Bench, name: str) -> None:
     model, layout, options = OPTIONS[name]
     parity(local, engine, model, layout, grouped=model.moe, **options).check()
+
+
+OVERLAP = {"overlap_moe_expert_parallel_comm": True}
+OVERLAPPED = {
+    "layer": (LAYER, EP2, {}),
+    "expert": (EXPERT, EP2, {}),
+    "weight gradients apart": (EXPERT, EP2, {"delay_wgrad_compute": True}),
+}
+
+
+@pytest.mark.parametrize("name", OVERLAPPED)
+def test_overlap_of_expert_communication(local: Bench, engine: Bench, name: str) -> None:
+    """Upstream's schedule runs layers of two microbatches in turn."""
+    model, layout, options = OVERLAPPED[name]
+    model = dataclasses.replace(model, family="gpt")
+    parity(local, engine, model, layout, grouped=True, **OVERLAP, **options).check()
 
 
 @pytest.mark.parametrize(
