@@ -92,24 +92,28 @@ def check_engine_equals_local() -> None:
             assert any("moa_gate" in key for key in wanted)
 
 
-def _recomputations(family: str) -> dict[str, dict[str, Any]]:
+def _other_ways(family: str) -> dict[str, dict[str, Any]]:
+    """Recomputation, and shared experts on a stream of their own."""
     whole = {"recompute_method": "uniform", "recompute_num_layers": 1}
     names = ["layernorm"]
     names += ["moe", "shared_experts", "moe_act"] if family.endswith("moe") else ["mlp"]
     chosen = {
         name: {"recompute_granularity": "selective", "recompute_modules": [name]} for name in names
     }
-    return {"full": {"recompute_granularity": "full", **whole}, **chosen}
+    found = {"full": {"recompute_granularity": "full", **whole}, **chosen}
+    if family.endswith("moe"):
+        found["overlap"] = {"moe_shared_expert_overlap": True}
+    return found
 
 
-def check_recomputation_changes_nothing() -> None:
+def check_recomputation_and_overlap_change_nothing() -> None:
     """In float32: in bfloat16 two gradients added in another order differ by 6e-3 already."""
     with ffn.megatron(_device()):
         for family in FAMILIES:
             grouped_experts = {"moe_grouped_gemm": True} if family.endswith("moe") else {}
             plain = built(family, MODULES == "engine", bf16=False, **grouped_experts)
             wanted = loss_and_gradients(plain)
-            for name, settings in _recomputations(family).items():
+            for name, settings in _other_ways(family).items():
                 settings |= grouped_experts
                 other = built(family, MODULES == "engine", bf16=False, **settings)
                 other.load_state_dict(plain.state_dict())

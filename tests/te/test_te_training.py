@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -55,36 +56,47 @@ def half(folder: Path, words: list[str]) -> None:
     assert len(curve(folder, [*words, "--exit-interval", "2"], code=RETRY)) == 2
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        pytest.param(["tiny-moe", *BF16, *DELAYED], id="delayed scaling"),
-        pytest.param(["tiny-moe", *BF16, *BLOCKS, *SHARDED], id="FP8 parameters"),
-        pytest.param(["tiny-dense", *SHARDED], id="float32"),
-    ],
-)
-def test_resumes_exactly(tmp_path: Path, words: list[str]) -> None:
+RESUMED = {
+    "delayed scaling": ["tiny-moe", *BF16, *DELAYED],
+    "FP8 parameters": ["tiny-moe", *BF16, *BLOCKS, *SHARDED],
+    "float32": ["tiny-dense", *SHARDED],
+}
+
+
+@pytest.fixture(scope="module")
+def delayed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of delayed scaling after half of its steps."""
+    folder = tmp_path_factory.mktemp("delayed") / "halves"
+    half(folder, RESUMED["delayed scaling"])
+    return folder
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resumes_exactly(tmp_path: Path, request: pytest.FixtureRequest, name: str) -> None:
+    words = RESUMED[name]
+
     def halves() -> list[float]:
-        half(tmp_path / "halves", words)
+        if name == "delayed scaling":
+            shutil.copytree(request.getfixturevalue("delayed"), tmp_path / "halves")
+        else:
+            half(tmp_path / "halves", words)
         return curve(tmp_path / "halves", words)
 
     with ThreadPoolExecutor(2) as pool:
         whole = pool.submit(curve, tmp_path / "whole", words)
-        resumed = pool.submit(halves)
-        assert len(whole.result()) == STEPS
-        assert resumed.result() == whole.result()
+        resumed = halves()
+        assert len(whole.result()) == STEPS and resumed == whole.result()
 
 
-def test_history_of_others_is_for_their_user_to_trust(tmp_path: Path) -> None:
+def test_history_of_others_is_for_their_user_to_trust(tmp_path: Path, delayed: Path) -> None:
     """Delayed scaling keeps pickles; this run's own are read, see ``moa_megatron/scales.py``."""
-    words = ["tiny-dense", *BF16, *DELAYED]
-    half(tmp_path / "halves", words)
-    again = [*words, "--load", str(tmp_path / "halves" / "checkpoints"), "--dry-run"]
+    words = RESUMED["delayed scaling"]
+    again = [*words, "--load", str(delayed / "checkpoints"), "--dry-run"]
     done = run(tmp_path / "other", again)
     assert done.returncode == 78, done.stderr[-2000:]
     assert "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1" in done.stderr
     # The run itself may go on with another recipe, as docs/telemetry.md advises.
-    losses = curve(tmp_path / "halves", [*words, "--fp8-recipe", "tensorwise"])
+    losses = curve(delayed, [*words, "--fp8-recipe", "tensorwise"])
     assert len(losses) == STEPS and losses[-1] < losses[0]
 
 

@@ -102,8 +102,8 @@ def check_settings_of_the_method() -> None:
 def check_upstream_flags_that_moa_cannot_honour() -> None:
     from moa_megatron import flags, preflight
 
-    with refused("--moe-shared-expert-overlap", "leave it out", "--squared-relu", "--quick-geglu"):
-        args_of("--moe-shared-expert-overlap", "--squared-relu", "--quick-geglu")
+    with refused("--moe-apply-probs-on-input", "leave it out", "--squared-relu", "--quick-geglu"):
+        args_of("--moe-apply-probs-on-input", "--squared-relu", "--quick-geglu")
     with refused("--decoupled-lr", "AdamW under Muon"):
         args_of("--decoupled-lr", "1e-3")
     with refused("--transformer-impl inference_optimized cannot go with MoA"):
