@@ -55,7 +55,8 @@ class Pool:
         self.size, self.setup = size, setup
         self._environment = {**_ENVIRONMENT, **(variables or {})}
         self._folder = tempfile.TemporaryDirectory(prefix="pool")
-        self._workers: list[tuple[Any, Connection]] = []
+        self._root: Any = None
+        self._connections: list[Connection] = []
         self._cases = 0
         # Before multiprocessing waits for its processes, which wait for us.
         atexit.register(self.stop)
@@ -72,7 +73,7 @@ class Pool:
         self._cases += 1
         folder = Path(self._folder.name, str(self._cases))
         folder.mkdir()
-        connections = [connection for _, connection in self._workers[:ranks]]
+        connections = self._connections[:ranks]
         for connection in connections:
             connection.send((case, kwargs, ranks, timeout, str(folder)))
         answers = _collect(connections, timeout)
@@ -82,33 +83,34 @@ class Pool:
         raise CaseFailed(_report(case, answers, ranks, folder))
 
     def _start(self) -> None:
-        if self._workers:
+        if self._connections:
             return
         context = multiprocessing.get_context("spawn")
+        pairs = [context.Pipe() for _ in range(self.size)]
+        self._connections = [ours for ours, _ in pairs]
+        ends = [theirs for _, theirs in pairs]
+        # Not daemonic: those may not start the helpers that saving a checkpoint needs.
+        self._root = context.Process(target=_serve_all, args=(ends, self.setup))
         with mock.patch.dict(os.environ, self._environment):
-            for rank in range(self.size):
-                ours, theirs = context.Pipe()
-                # Not daemonic: those may not start the helpers that saving a checkpoint needs.
-                process = context.Process(target=_serve, args=(rank, theirs, self.setup))
-                process.start()
-                theirs.close()
-                self._workers.append((process, ours))
-        answers = _collect([connection for _, connection in self._workers], _START_SECONDS)
+            self._root.start()
+        for end in ends:
+            end.close()
+        answers = _collect(self._connections, _START_SECONDS)
         if len(answers) < self.size or not all(succeeded for succeeded, _ in answers.values()):
             self.stop(kill=True)
             raise CaseFailed(_report("setup", answers, self.size, Path(self._folder.name)))
 
     def stop(self, kill: bool = False) -> None:
         """End the processes, at once where one may hang; the next case starts new ones."""
-        for _, connection in self._workers:
+        for connection in self._connections:
             connection.close()
-        for process, _ in self._workers:
-            process.join(0.0 if kill else _STOP_SECONDS)
-            # Saving a checkpoint starts helpers, which the group includes.
+        if self._root is not None:
+            self._root.join(0.0 if kill else _STOP_SECONDS)
+            # The processes, and the helpers that saving a checkpoint starts.
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.join()
-        self._workers = []
+                os.killpg(self._root.pid, signal.SIGKILL)
+            self._root.join()
+        self._root, self._connections = None, []
 
 
 def _collect(connections: list[Connection], timeout: float) -> dict[int, _Answer]:
@@ -141,13 +143,32 @@ def _report(case: str, answers: dict[int, _Answer], ranks: int, folder: Path) ->
     return "\n".join(parts)
 
 
-def _serve(rank: int, connection: Connection, setup: str | None) -> None:
-    """The life of one process: cases until the parent goes away."""
+def _serve_all(connections: list[Connection], setup: str | None) -> None:
+    """Imports once, which takes seconds, then forks a process for each rank."""
     os.setpgrp()
     torch.set_num_threads(1)
-    connection.send(_attempt(_function(setup)) if setup is not None else (True, None))
+    ready = _attempt(_function(setup)) if setup is not None else (True, None)
     # What the imports made stays; without it the collections below take no time.
     gc.freeze()
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=_serve, args=(rank, connections, ready))
+        for rank in range(len(connections))
+    ]
+    for process in processes:
+        process.start()
+    for connection in connections:
+        connection.close()
+    for process in processes:
+        process.join()
+
+
+def _serve(rank: int, connections: list[Connection], ready: _Answer) -> None:
+    """The life of one process: cases until the parent goes away."""
+    connection = connections.pop(rank)
+    for other in connections:  # which would hide that its own process has died
+        other.close()
+    connection.send(ready)
     while True:
         try:
             case, kwargs, ranks, timeout, folder = connection.recv()

@@ -4,12 +4,14 @@ The GPU appears when torch has been imported, so not in processes that only star
 after them; and not in the one that a run spawns to hear from the writers of its checkpoints.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
+PATH = os.environ["PYTHONPATH"].split(os.pathsep)
 LAUNCHER, RUN = "torch.distributed.run", "moa_megatron.pretrain"
 
 
@@ -28,6 +30,8 @@ class _WithTorch(MetaPathFinder):
 
         def run_and_install(module: ModuleType) -> None:
             run(module)
+            # multiprocessing gives a spawned process the path of its parent.
+            sys.path[:0] = [entry for entry in PATH if entry not in sys.path]
             from tests.fake_gpu import device
 
             device.install()
