@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from moa_megatron import identity, runstate, scales
+from moa_megatron import identity, moves, runstate, scales
 from moa_megatron.config import MoAConfig, moa_config_from_args
 from moa_megatron.recipes import RefusedError
 
@@ -153,32 +153,36 @@ def problems(args: argparse.Namespace) -> list[str]:
     others += scales.problems(args, saved)
     found = differences(args, saved)
     if not found:
+        moves.prepare(args, saved)
         return others
+    baseline = moves.saved_moa(saved).mixing == "fixed" and not args.finetune
+    start = ", or start a mixture from a baseline's weights with --finetune" if baseline else ""
     return [
         f"the checkpoint in {args.load} is another model: " + "; ".join(found) + ". Load it with "
-        "the settings it was trained with (--use-checkpoint-args), or choose another --run-dir",
+        f"the settings it was trained with (--use-checkpoint-args){start}, or choose another "
+        "--run-dir",
         *others,
     ]
 
 
 def differences(args: argparse.Namespace, saved: Any) -> list[str]:
     """Fields in which a checkpoint describes another model than ``args``, old value first."""
-    names = [name for name in _SHAPE if name != "num_query_groups"]
+    moved = moves.to_hybrid(args, saved)
+    left_out = {"num_query_groups"}
+    if moved or not hasattr(saved, "moa_model"):  # plain Megatron's has no such field
+        left_out.add("moa_model")
+    names = [name for name in _SHAPE if name not in left_out]
     pairs = [(name, getattr(saved, name, None), getattr(args, name, None)) for name in names]
     pairs.append(("num_query_groups", _query_groups(saved), _query_groups(args)))
     if args.moa_model == "mae":
         images = _SHAPE_OF_IMAGES
         pairs += [(name, getattr(saved, name, None), getattr(args, name)) for name in images]
-    if not hasattr(saved, "moa_model"):  # a checkpoint of plain Megatron
-        pairs = pairs[1:]
-    old_layers, new_layers = _layers(saved), _layers(args)
-    pairs.append(("layers", old_layers, new_layers))
-    if hasattr(saved, "moa_mixing"):
-        old, new = moa_config_from_args(saved), moa_config_from_args(args)
-    else:
-        old, new = MoAConfig(mixing="fixed"), moa_config_from_args(args)
+    if not moved:
+        pairs.append(("layers", _layers(saved), _layers(args)))
+    old, new = moves.saved_moa(saved), moa_config_from_args(args)
     if old.mixing != new.mixing:
-        pairs.append(("moa_mixing", old.mixing, new.mixing))
+        if not moves.starts_gates(args, saved):
+            pairs.append(("moa_mixing", old.mixing, new.mixing))
     elif old.mixing != "fixed":
         pairs += [("moa_variant", old.variant, new.variant), ("dictionary", old.names, new.names)]
         pairs += [("moa_gate", old.gate, new.gate)] if old.mixing == "moa" else []

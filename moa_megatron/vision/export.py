@@ -56,7 +56,7 @@ def read_run(run: Path, step: int | None = None) -> Pretrained:
     args = _read_args(checkpoint)
     try:
         shape, moa = shape_from_args(args), moa_config_from_args(args)
-        state = from_megatron(_unstacked(_read_tensors(checkpoint)), shape)
+        state = from_megatron(_unstacked(read_tensors(checkpoint)), shape)
         model = MAE(shape, moa)
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     except (ValueError, RuntimeError) as error:  # RuntimeError: missing names, other shapes
@@ -180,7 +180,7 @@ def _read_args(checkpoint: Path) -> argparse.Namespace:
     return args  # type: ignore[no-any-return]
 
 
-def _read_tensors(checkpoint: Path) -> dict[str, Tensor]:
+def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
     """The model's tensors, whole, whatever the layout they were saved from."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
