@@ -8,12 +8,12 @@ from collections.abc import Iterable
 
 from moa_megatron.patches import (
     _registry,
+    apex_layer_norm,
     checkpoint_without_output,
     compile_helpers,
     distributed_optimizer,
     hybrid_final_norm,
     hybrid_moe_metrics,
-    local_layer_norm,
     throughput,
 )
 from moa_megatron.patches._registry import Patch
@@ -28,7 +28,7 @@ PATCHES: dict[str, Patch] = {
         checkpoint_without_output,
         hybrid_moe_metrics,
         hybrid_final_norm,
-        local_layer_norm,
+        apex_layer_norm,
         throughput,
     )
 }
