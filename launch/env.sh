@@ -55,6 +55,10 @@ moa_device_connections() { # RECIPE [flags]; needs MOA_PYTHON
   [ -z "$connections" ] || export CUDA_DEVICE_MAX_CONNECTIONS="$connections"
 }
 
+# Offloading of activations: Megatron refuses it with Transformer Engine's newer implementation,
+# which would move weights, too.
+export NVTE_CPU_OFFLOAD_V1="${NVTE_CPU_OFFLOAD_V1:-1}"
+
 # Tensors used on another stream are kept by their autograd graph instead of the allocator's
 # bookkeeping, which fragments memory.
 export TORCH_NCCL_AVOID_RECORD_STREAMS="${TORCH_NCCL_AVOID_RECORD_STREAMS:-1}"

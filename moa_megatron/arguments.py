@@ -156,7 +156,7 @@ def parse(command: CommandLine, extra_flags: list[str]) -> Parsed:
         flags = ", ".join("--" + name.replace("_", "-") for name in sorted(ignored))
         raise RefusedError(
             f"{flags} with --moa-mixing fixed: Megatron's own flags choose a fixed activation; the "
-            " Type-I baseline is --set swiglu=false --squared-relu with --ffn-hidden-size 4d"
+            "Type-I baseline is --set swiglu=false --squared-relu with --ffn-hidden-size 4d"
         )
     derive.ffn(args, moa, given, gated_recipe=bool(recipe.get("swiglu")))
     derive.align(args)
@@ -164,6 +164,7 @@ def parse(command: CommandLine, extra_flags: list[str]) -> Parsed:
     if args.moa_model == "mae":
         derive_vision(args, moa, given, gated_recipe=bool(recipe.get("swiglu")))
     derive.modules(args, given)
+    derive.fp8_recipe(args, moa, "fp8_recipe" in given or "fp8_recipe" in recipe)
     derive.log_interval(args)
     derive.min_lr(args, given)
     return Parsed(args, moa, recipe, given)

@@ -120,19 +120,31 @@ def modules(args: argparse.Namespace, given: set[str]) -> None:
         engine = installed.transformer_engine_problem() is None
         args.transformer_impl = "transformer_engine" if engine else "local"
     local = args.transformer_impl == "local"
-    if not local and args.num_experts is not None and "moe_grouped_gemm" not in given:
+    grouped = not local or installed.has_grouped_product(bool(args.bf16))
+    if grouped and args.num_experts is not None and "moe_grouped_gemm" not in given:
         args.moe_grouped_gemm = True
+    if local and "no_persist_layer_norm" not in given:
+        args.no_persist_layer_norm = True  # torch's norms, which local modules have, refuse it
     for name, off, extension, also_with_engine in (
         # Megatron's own output layer asks for it, whatever computes the rest.
         ("gradient_accumulation_fusion", False, "fused_weight_gradient_mlp_cuda", True),
         ("masked_softmax_fusion", False, "scaled_upper_triang_masked_softmax_cuda", False),
         ("apply_rope_fusion", False, "transformer_engine", False),
-        ("no_persist_layer_norm", True, "apex.normalization", False),
     ):
         if name in given or packages.importable(extension):
             continue
         if local or also_with_engine:
             setattr(args, name, off)
+
+
+def fp8_recipe(args: argparse.Namespace, moa: MoAConfig, given: bool) -> None:
+    """The finest scales that this GPU has, for a mixture whose user names no ``--fp8-recipe``.
+
+    Hidden vectors of mixtures grow with a power of their input (docs/telemetry.md), which delayed
+    scaling, Megatron's default, follows a step late.
+    """
+    if args.fp8 and not given and moa.mixing != "fixed":
+        args.fp8_recipe = installed.fp8_recipes()[0]
 
 
 def log_interval(args: argparse.Namespace) -> None:

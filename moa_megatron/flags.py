@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from moa_megatron import installed, packages
+from moa_megatron import host, installed, packages
 from moa_megatron.config import MoAConfig
+from moa_megatron.costs import moe_blocks
 
 # Upstream arguments that MoA cannot honour: a predicate on their value, and the reason.
 _FUSED = "it fuses fc1, activation and fc2 in one operator, so the activation would not be MoA's"
@@ -26,12 +27,17 @@ FORBIDDEN: dict[str, str] = {
     "moe_mlp_glu_interleave_size": "it interleaves y and z in fc1's columns",
     "moe_shared_expert_glu_interleave_size": "it interleaves y and z in fc1's columns",
     "moe_apply_probs_on_input": "the gates would read inputs scaled by routing probabilities",
+    "fp4": "gates and mixtures were never tried beside its products",
     "inference_fuse_tp_communication": "its fused MLP knows no gates",
     "use_kitchen": "its MLP classes know no gates",
     "use_megatron_fsdp": "its checkpoint format cannot tell the gates of different experts apart",
     "decoupled_lr": "Megatron marks gates like embeddings, to keep them on AdamW under Muon, "
     "and would give them the decoupled rate too",
 }
+_SPELLING = {"fp4": "--fp4-format"}
+# What --offload-modules would take from within grouped experts, whose gates and coefficients read
+# the same tensors in parts: upstream frees the whole under them.
+OFFLOADED_INSIDE = ("expert_fc1", "moe_act")
 # Layers of HybridModel beyond attention, MLP and MoE, and the package that computes each.
 _SPECIAL_LAYERS = {"M": "mamba_ssm", "G": "fla", "D": None, "+": None}
 
@@ -42,8 +48,7 @@ def problems(args: argparse.Namespace, moa: MoAConfig) -> list[str]:
     for name, reason in FORBIDDEN.items():
         value = getattr(args, name, None)
         if value:
-            flag = "--" + name.replace("_", "-")
-            found.append(f"{flag} ({value}) cannot go with MoA: {reason}; leave it out")
+            found.append(f"{flag_of(name)} ({value}) cannot go with MoA: {reason}; leave it out")
     if args.transformer_impl not in ("local", "transformer_engine"):
         found.append(
             f"--transformer-impl {args.transformer_impl} cannot go with MoA: its FFNs are made "
@@ -54,10 +59,21 @@ def problems(args: argparse.Namespace, moa: MoAConfig) -> list[str]:
             f"--moe-latent-size={args.moe_latent_size} with --moa-gate-scope layer: routed experts "
             "see latent vectors, shared experts do not; use --moa-gate-scope expert"
         )
+    inside = set(OFFLOADED_INSIDE).intersection(args.offload_modules or ())
+    if args.fine_grained_activation_offloading and inside:
+        found.append(
+            f"--offload-modules {' '.join(sorted(inside))} cannot go with MoA: experts' gates read "
+            "parts of tensors that it frees; leave these out"
+        )
     if args.moa_log_interval:
         found += log_interval_problems(args)
     found += layer_wise_problems(args, moa)
     return found + _expert_overlap_problems(args) + _shared_overlap_problems(args)
+
+
+def flag_of(name: str) -> str:
+    """How the flag of an upstream argument is spelt."""
+    return _SPELLING.get(name, "--" + name.replace("_", "-"))
 
 
 def layer_wise_problems(args: argparse.Namespace, moa: MoAConfig) -> list[str]:
@@ -106,12 +122,11 @@ def _expert_overlap_problems(args: argparse.Namespace) -> list[str]:
         )
     if args.moa_model != "gpt":
         found.append(f"{flag}: HybridModel has no schedule for it; add --moa-model gpt")
-    for name in ("fp8", "fp4"):
-        if getattr(args, name, None):
-            found.append(
-                f"{flag} with --{name.replace('_', '-')} cannot go with MoA: it frees the input "
-                "that the gates keep for their gradient; leave one of them out"
-            )
+    if args.fp8:
+        found.append(
+            f"{flag} with --fp8-format cannot go with MoA: it frees the input that the gates keep "
+            "for their gradient; leave one of them out"
+        )
     backend = args.moe_flex_dispatcher_backend
     if args.moe_token_dispatcher_type == "flex" and backend in ("hybridep", "ncclep"):
         found.append(
@@ -143,8 +158,9 @@ def _fp8_width_problems(args: argparse.Namespace) -> list[str]:
     unit = 32 if args.fp8_recipe == "mxfp8" else 16
     tp = args.tensor_model_parallel_size
     expert_tp = args.expert_tensor_parallel_size or tp
-    dense = not args.num_experts or "-" in (args.hybrid_layer_pattern or "")
-    widths = {"hidden_size": (args.hidden_size, 1)}
+    pattern = args.hybrid_layer_pattern
+    dense = "-" in pattern if pattern else not all(moe_blocks(args))
+    widths = {"hidden_size": (args.hidden_size, 1), "moe_latent_size": (args.moe_latent_size, 1)}
     if dense:
         widths["ffn_hidden_size"] = (args.ffn_hidden_size, tp)
     if args.num_experts:
@@ -158,12 +174,29 @@ def _fp8_width_problems(args: argparse.Namespace) -> list[str]:
         multiple = unit * ranks
         if width and width % multiple:
             each = f" ({unit} a tensor-parallel rank)" if ranks > 1 else ""
-            cure = "" if name == "hidden_size" else f"; add --moa-align {max(64, multiple)}"
+            rounded = name not in ("hidden_size", "moe_latent_size")
+            cure = f"; add --moa-align {max(64, multiple)}" if rounded else ""
             found.append(
                 f"--fp8-format {args.fp8} with {name}={width}: FP8 products need multiples of "
                 f"{multiple}{each}{cure}"
             )
     return found
+
+
+def _local_norm_problems(args: argparse.Namespace) -> list[str]:
+    """Local modules have torch's norms, which upstream lets no sequence-parallel model have.
+
+    The host's variant may; Apex's LayerNorm too. Source: ``WrappedTorchNorm``.
+    """
+    if args.transformer_impl != "local" or not args.sequence_parallel or host.active():
+        return []
+    apex = packages.importable("apex.normalization")
+    if apex and args.moa_model == "gpt" and args.normalization == "LayerNorm":
+        return []
+    return [
+        "--sequence-parallel with --transformer-impl local on a GPU: Megatron's norms there refuse "
+        "it; use --transformer-impl transformer_engine, or --tensor-model-parallel-size 1"
+    ]
 
 
 def machine_problems(args: argparse.Namespace) -> list[str]:
@@ -176,7 +209,15 @@ def machine_problems(args: argparse.Namespace) -> list[str]:
     reason = installed.transformer_engine_problem() if engine else None
     if reason is not None:
         found.append(f"--transformer-impl transformer_engine cannot run here: {reason}")
-    found += _fp8_width_problems(args)
+    found += _fp8_width_problems(args) + _local_norm_problems(args)
+    if args.overlap_dispatch_backward_with_experts_wgrad and not args.gradient_accumulation_fusion:
+        # TEGroupedLinear.backward_dw sets ``grad``; DistributedDataParallel hears of it with
+        # --delay-wgrad-compute alone.
+        found.append(
+            "--overlap-dispatch-backward-with-experts-wgrad without gradient accumulation fusion "
+            "loses gradients of experts: leave it out, or use an image with NVIDIA's Apex "
+            "(fused_weight_gradient_mlp_cuda)"
+        )
     for symbol in sorted(set(args.hybrid_layer_pattern or "").intersection(_SPECIAL_LAYERS)):
         package = _SPECIAL_LAYERS[symbol]
         what = f"--hybrid-layer-pattern has a layer {symbol}"

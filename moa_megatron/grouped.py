@@ -16,9 +16,6 @@ from typing import Any
 
 import torch
 from megatron.core.enums import Fp8Recipe
-from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
-    FineGrainedActivationOffloadingInterface,
-)
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -27,7 +24,7 @@ from megatron.core.transformer.moe.moe_utils import skip_routed_expert_padding
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from moa_megatron import observing, ranges
+from moa_megatron import flags, observing, ranges
 from moa_megatron.config import MoAConfig
 from moa_megatron.gates import MoAGate, draw_expert_seeds
 from moa_megatron.grouped_linear import GroupedLinear, MoAGroupedGate
@@ -71,6 +68,9 @@ class MoATEGroupedMLP(TEGroupedMLP):
     ) -> None:
         check_gated(config, moa)
         refused = [flag for flag in _UNSUPPORTED if getattr(config, flag)]
+        if config.fine_grained_activation_offloading:
+            inside = set(flags.OFFLOADED_INSIDE).intersection(config.offload_modules)
+            refused += [f"offload_modules={name}" for name in sorted(inside)]
         if refused:
             raise ValueError(f"MoA in grouped experts does not work with {', '.join(refused)}")
         # First, as sequential experts do: linear layers may draw from the same generator.
@@ -134,23 +134,14 @@ class MoATEGroupedMLP(TEGroupedMLP):
         return self.quantization_unpadding(output, counts) if padding else output, None
 
     def _up(self, x_Td: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
-        """Pre-activations and coefficients; both keep ``x_Td``, so both may be offloaded."""
-        offload = FineGrainedActivationOffloadingInterface(
-            self.offload_expert_fc1, x_Td, "expert_fc1"
-        )
-        with offload as x_Td:
-            with ranges.GATE:
-                if hasattr(self, "moa_gate"):
-                    coefficients = self.moa_gate(x_Td, counts)
-                else:
-                    coefficients = self._lent_gate[0](x_Td, routed=True)
-            with ranges.FC1:
-                preact_TP, _ = self.linear_fc1(x_Td, counts)  # which adds its bias itself
-        preact_TP = offload.group_offload(
-            preact_TP,
-            forced_released_tensors=[x_Td],
-            delay_offload=self.config.delay_offload_until_cuda_graph,
-        )
+        """Pre-activations and coefficients, which both come from ``x_Td``."""
+        with ranges.GATE:
+            if hasattr(self, "moa_gate"):
+                coefficients = self.moa_gate(x_Td, counts)
+            else:
+                coefficients = self._lent_gate[0](x_Td, routed=True)
+        with ranges.FC1:
+            preact_TP, _ = self.linear_fc1(x_Td, counts)  # which adds its bias itself
         return preact_TP, coefficients
 
     def _mix_and_down(
@@ -159,25 +150,15 @@ class MoATEGroupedMLP(TEGroupedMLP):
         """The mixture, recomputed in the backward pass where asked, and fc2 with its bias."""
         mix = partial(_mix, config=self.moa, tokens_per_expert=counts)
         recompute = CheckpointWithoutOutput() if self.activation_recompute else None
-        offload = FineGrainedActivationOffloadingInterface(
-            self.offload_moe_act, preact_TP, "moe_act"
-        )
-        with offload as preact_TP:
-            # Everything differentiable is an argument: a closure's gradient would be lost.
-            operands = (preact_TP, coefficients, probs_T1)
-            hidden_TD = recompute.checkpoint(mix, *operands) if recompute else mix(*operands)
+        # Everything differentiable is an argument: a closure's gradient would be lost.
+        operands = (preact_TP, coefficients, probs_T1)
+        hidden_TD = recompute.checkpoint(mix, *operands) if recompute else mix(*operands)
         if observing.active:
             observing.record(self, preact_TP, hidden_TD, coefficients, probs_T1)
         with ranges.FC2:
             output, bias = self.linear_fc2(hidden_TD, counts)
         if recompute:
             recompute.discard_output_and_register_recompute(output)
-        # After fc2, so that the pre-activations are back before the mixture is recomputed.
-        output = offload.group_offload(
-            output,
-            forced_released_tensors=[preact_TP],
-            delay_offload=self.config.delay_offload_until_cuda_graph,
-        )
         return self._apply_bias(output, bias, counts, probs_T1)
 
 

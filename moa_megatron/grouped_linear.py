@@ -9,6 +9,8 @@ output width of a linear layer, n coefficients.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,11 +21,13 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from moa_megatron.config import MoAConfig
 from moa_megatron.gates import MoAGate, gate_logits
 from moa_megatron.op import resolve_backend
 
+logger = logging.getLogger(__name__)
 _Offsets = tuple[tuple[int, int, int], ...]
 
 
@@ -167,7 +171,7 @@ def grouped_linear(
         return torch.cat([F.linear(*part, bias) for part, bias in zip(parts, added, strict=True)])
     counts = torch.tensor(tokens_per_expert, dtype=torch.int32)
     ends = counts.cumsum(0, dtype=torch.int32).to(x_Td.device, non_blocking=True)
-    output = F.grouped_mm(x_Td, torch.stack(list(weights)).transpose(1, 2), offs=ends)
+    output: Tensor = _GroupedProduct.apply(x_Td, ends, *weights)
     if biases is not None:
         counts = counts.to(x_Td.device, non_blocking=True)
         rows = torch.stack(list(biases)).repeat_interleave(counts, 0, output_size=len(x_Td))
@@ -175,13 +179,51 @@ def grouped_linear(
     return output
 
 
+class _GroupedProduct(torch.autograd.Function):
+    """``grouped_mm`` that keeps the experts' own matrices for its gradients, not the copy it reads.
+
+    torch's own rule would keep that copy: all routed experts of a layer a second time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_Td: Tensor, ends_N: Tensor, *weights_fd: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x_Td, ends_N, *weights_fd)
+        return F.grouped_mm(x_Td, torch.stack(weights_fd).transpose(1, 2), offs=ends_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_Tf: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x_Td, ends_N, *weights_fd = ctx.saved_tensors
+        grad_Tf, grad_x = grad_Tf.contiguous(), None
+        grad_weights: Sequence[Tensor | None] = [None] * len(weights_fd)
+        if ctx.needs_input_grad[0]:
+            grad_x = F.grouped_mm(grad_Tf, torch.stack(weights_fd), offs=ends_N)
+        if any(ctx.needs_input_grad[2:]):
+            grad_weights = F.grouped_mm(grad_Tf.T, x_Td, offs=ends_N).unbind()
+        return grad_x, None, *grad_weights
+
+
 def _has_grouped_kernel(x_Td: Tensor, weight_fd: Tensor) -> bool:
     """Elsewhere ``grouped_mm`` is a loop, too, and refuses rows that are not whole 16 bytes."""
     if not x_Td.is_cuda or not x_Td.numel():
         return False
-    bfloat16 = x_Td.dtype == weight_fd.dtype == torch.bfloat16
-    aligned = all(size % 8 == 0 for size in weight_fd.shape)
-    return bfloat16 and aligned and torch.cuda.get_device_capability(x_Td.device)[0] >= 9
+    if x_Td.dtype != torch.bfloat16 or weight_fd.dtype != torch.bfloat16:
+        return False
+    if torch.cuda.get_device_capability(x_Td.device)[0] < 9:
+        return False
+    if any(size % 8 for size in weight_fd.shape):
+        _say_loop(tuple(weight_fd.shape))
+        return False
+    return True
+
+
+@functools.cache
+def _say_loop(shape: tuple[int, ...]) -> None:
+    logger.warning(
+        "experts of %d x %d are multiplied one after the other: a grouped product needs widths "
+        "that are multiples of 8; --moa-align 64 rounds them up",
+        *shape,
+    )
 
 
 def shard_experts(

@@ -37,12 +37,19 @@ def lines(args: argparse.Namespace, moa: MoAConfig, data: str, folder: Path) -> 
         f"moa-megatron: {args.moa_recipe}, {describe(moa)}",
         f"  model        {model}",
         f"  parameters   {parameters}",
+        f"  numbers      {numbers(args)}",
         f"  layout       {args.world_size} on {device}: {layout}",
         f"  data         {data}",
         f"  training     {length}; {args.optimizer}, peak lr {args.lr}; {start}",
         f"  run folder   {folder}",
         f"  watch        tensorboard --logdir {args.tensorboard_dir}",
     ]
+
+
+def numbers(args: argparse.Namespace) -> str:
+    """The number format of products: ``bf16, FP8 hybrid with blockwise scales``."""
+    name = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    return f"{name}, FP8 {args.fp8} with {args.fp8_recipe} scales" if args.fp8 else name
 
 
 def describe(moa: MoAConfig) -> str:

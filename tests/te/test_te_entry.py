@@ -22,7 +22,12 @@ def prepare(*words: str, world: int = 1) -> Any:
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(
-            os.environ, {"WORLD_SIZE": str(world), "RANK": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+            os.environ,
+            # The last two as launch/env.sh sets them.
+            {
+                **{"WORLD_SIZE": str(world), "RANK": "0"},
+                **{"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NVTE_CPU_OFFLOAD_V1": "1"},
+            },
         ),
     ):
         argv = [*words, "--run-dir", f"{folder}/run", "--mock-data", "--use-cpu-initialization"]
@@ -94,6 +99,29 @@ def check_every_side_of_the_comparisons_is_accepted() -> None:
     with pytest.raises(recipes.RefusedError, match=r"ffn_hidden_size=48: .* multiples of 32; add"):
         prepare("tiny-dense", *blocks)
     prepare("tiny-dense", *SIDES["fp8-blockwise"].flags, "--ffn-hidden-size", "48")
+
+
+def check_mixtures_take_the_finest_scales_by_default() -> None:
+    tiny.start()
+    from megatron.core.extensions.transformer_engine import FP8GlobalStateManager as manager
+
+    words = ("tiny-dense", "--bf16", "--fp8-format", "hybrid", "--moa-align", "64")
+    for micro, blocks, recipe in (
+        (True, True, "mxfp8"),
+        (False, True, "blockwise"),
+        (False, False, "tensorwise"),
+    ):
+        with (
+            mock.patch.object(manager, "is_mxfp8_available", lambda micro=micro: (micro, "")),
+            mock.patch.object(
+                manager, "is_fp8_block_scaling_available", lambda blocks=blocks: (blocks, "")
+            ),
+        ):
+            run = prepare(*words)
+        assert run.args.fp8_recipe == recipe
+        assert f"  numbers      bf16, FP8 hybrid with {recipe} scales" in run.summary()
+    assert prepare(*words, "--fp8-recipe", "delayed").args.fp8_recipe == "delayed"
+    assert prepare(*words, "--moa-mixing", "fixed").args.fp8_recipe == "delayed"
 
 
 CHECKS = [name for name in globals() if name.startswith("check_")]

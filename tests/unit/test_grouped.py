@@ -171,7 +171,14 @@ def check_grouped_product() -> None:
     ):
         compare(*pair(expert_scope()))
         compare(*pair(expert_scope(), add_bias_linear=True))
-        assert calls.call_count == 8, "twice for each of two loads and two models"
+        assert calls.call_count == 24, "two layers, three products each, two loads, two models"
+        x, weights = torch.randn(5, 8), [torch.randn(16, 8, requires_grad=True) for _ in range(3)]
+        kept: list[Tensor] = []
+        hooks = (lambda t: kept.append(t) or t, lambda t: t)
+        with torch.autograd.graph.saved_tensors_hooks(*hooks):
+            grouped_linear.grouped_linear(x, weights, [2, 0, 3])
+        places = {t.data_ptr() for t in kept if t.is_floating_point()}
+        assert places == {t.data_ptr() for t in (x, *weights)}, "no copy of the experts"
 
 
 def check_latent_input() -> None:

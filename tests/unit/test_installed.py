@@ -1,5 +1,6 @@
 """What stands beside Megatron: each reason against it, and its cure."""
 
+import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from moa_megatron import host, installed, packages
+from moa_megatron import flags, host, installed, packages
 
 FOLDERS = {"toolkit": ("lib",), "nvidia": ("multi_tensor_apply", "optimizers")}
 
@@ -37,6 +38,46 @@ def test_the_wrong_apex_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert problem is not None
     assert str(package) in problem and "pip uninstall apex" in problem
     assert "web toolkit" in problem
+
+
+def arguments(**values: Any) -> argparse.Namespace:
+    """Of a run on local modules, as far as what stands beside them matters."""
+    names = ("hybrid_layer_pattern", "overlap_dispatch_backward_with_experts_wgrad", "fp8")
+    unset = dict.fromkeys((*names, "sequence_parallel", "gradient_accumulation_fusion"))
+    kind = {"moa_model": "gpt", "normalization": "LayerNorm", "transformer_impl": "local"}
+    return argparse.Namespace(**(unset | kind | values))
+
+
+def test_a_run_is_refused_beside_the_wrong_apex(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = arguments()
+    assert flags.machine_problems(args) == []
+    put_apex(tmp_path, monkeypatch, "toolkit")
+    assert flags.machine_problems(args) == [packages.apex_problem()]
+
+
+def test_norms_under_sequence_parallelism(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, torch's refuse it; Apex's LayerNorm does not."""
+    monkeypatch.setattr(host, "_installed", True)
+    assert flags.machine_problems(arguments(sequence_parallel=True)) == []
+    monkeypatch.setattr(host, "_installed", False)
+    (problem,) = flags.machine_problems(arguments(sequence_parallel=True))
+    assert "--sequence-parallel with --transformer-impl local" in problem
+    put_apex(tmp_path, monkeypatch, "nvidia")
+    (tmp_path / "apex" / "__init__.py").write_text("")
+    (tmp_path / "apex" / "normalization").mkdir()
+    assert flags.machine_problems(arguments(sequence_parallel=True)) == []
+    root_mean_square = arguments(sequence_parallel=True, normalization="RMSNorm")
+    assert flags.machine_problems(root_mean_square) == [problem]
+
+
+def test_delayed_gradients_of_experts_need_fused_accumulation() -> None:
+    name = "overlap_dispatch_backward_with_experts_wgrad"
+    (problem,) = flags.machine_problems(arguments(**{name: True}))
+    assert "loses gradients of experts" in problem and "Apex" in problem
+    fused = arguments(**{name: True}, gradient_accumulation_fusion=True)
+    assert flags.machine_problems(fused) == []
 
 
 def test_nvidias_apex_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
