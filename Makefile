@@ -1,10 +1,10 @@
-# make test is the README's second command; CI (.ci/run) runs every target but gpu, bench,
-# compare and image.
+# make test is the README's second command; CI (.ci/run) runs every target but gpu,
+# gpu-bench, bench, compare and image.
 PY = .venv/bin/python
 PYTEST = PYTHONPATH=. CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -q
 
 .PHONY: setup test check unit parallel kernels interpreted e2e te cluster
-.PHONY: slow slow-parallel slow-runs slow-rest gpu compare bench image image-test
+.PHONY: slow slow-parallel slow-runs slow-rest gpu gpu-bench compare bench image image-test
 
 setup:  ## tests need the extra as well
 	@./launch/setup.sh vision
@@ -52,8 +52,11 @@ slow-rest: setup  ## twins of the recipes, the launcher from scratch
 	$(PYTEST) tests --ignore=tests/image --ignore=tests/parallel \
 	  $(addprefix --ignore=,$(filter-out $(TWINS),$(wildcard tests/e2e/test_*.py))) -m "slow and not gpu"
 
-gpu: setup  ## on a GPU: tests, losses in all number formats, experts, moe-2b timed; see tools/gpu_check.sh --help
+gpu: setup  ## on a GPU, in 8 minutes: tests, losses in all number formats, experts; see tools/gpu_check.sh --help
 	./tools/gpu_check.sh
+
+gpu-bench: setup  ## on a GPU: moe-2b timed, in FP8 too, the op, a layer, images
+	./tools/gpu_check.sh gpu-results/bench step fp8 op layer images
 
 compare: setup  ## baseline, LA, one, bi, qd on the tiny recipe: table and picture
 	$(PY) tools/compare_runs.py --train tiny-moe $(ARGS)

@@ -39,7 +39,7 @@ EXAMPLES = {
   tools/bench.py --experts --experts-per-rank 8 --variants qd --fp8 tensorwise blockwise""",
     "step": """
   tools/bench.py                                         tiny-moe, three pairs of runs
-  tools/bench.py --step --recipe tiny-dense --steps 40 --pairs 5
+  tools/bench.py --step --recipe tiny-dense --steps 40 --pairs 5 --at-least moa=0.9
   tools/bench.py --step --recipe moe-2b --steps 15 \\
       --flags '--mock-data --moa-align 64 --micro-batch-size 16 --global-batch-size 16'""",
     "static": """
@@ -83,7 +83,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if getattr(options, "chart", None):
         module.draw(result, options.chart)
     print(line)
-    return 0
+    met = all(target["met"] for target in result.get("targets", {}).values())
+    return 0 if met else FAILED
 
 
 def _parser(mode: str, module: ModuleType) -> argparse.ArgumentParser:

@@ -18,10 +18,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from moa_megatron import recipes, telemetry  # noqa: E402
+from moa_megatron import packages, recipes, telemetry  # noqa: E402
 from moa_megatron.runstate import REFUSED  # noqa: E402
 from tools.benchmarks import runs  # noqa: E402
-from tools.benchmarks.sides import SIDES, closed, suited  # noqa: E402
+from tools.benchmarks.sides import OTHER, SIDES, closed, lacks, suited  # noqa: E402
 from tools.compare_runs import resumable  # noqa: E402
 
 _EXAMPLES = """
@@ -30,9 +30,14 @@ examples:
   tools/check_numerics.py tiny-moe --sides bf16 grouped recompute-moe --jobs 2
   tools/check_numerics.py dense-0.5b --sides fp8-blockwise --steps 500 --flags='--mock-data'
 
-exit code: 0 within the bounds, 1 outside one, nothing to compare or a run failed, 78 refused
+exit code: 0 within the bounds, 1 outside one, nothing to compare or a run failed, 78 refused,
+143 stopped: the table has the sides that were finished
 """
 _TAIL = 15  # lines of a failed run's log
+_UNFINISHED: dict[str, Any] = {
+    **dict.fromkeys(("loss", "code", "step_ms", "peak_bytes")),
+    **{"curve": telemetry.Curve(), "problem": ""},
+}
 
 
 def main(words: list[str] | None = None) -> int:
@@ -44,24 +49,27 @@ def main(words: list[str] | None = None) -> int:
                 raise ValueError(f"--{name} {getattr(options, name)}: must be positive")
         values = recipes.load(options.recipe)
         sides = _sides(options.sides, bool(values.get("num_experts")))
+        options.out = options.out.resolve()  # runs start in the project's folder
+        if any("--fp8-format" in SIDES[name].flags for name in sides):
+            options.flags = f"--moa-align 64 {options.flags}"
+            print("with FP8 among the sides, all have --moa-align 64")
+        kept = {name: _kept(options, name) for name in sides}  # before any is trained
     except ValueError as error:
         sys.stderr.write(f"refused: {error}\n")
         return REFUSED
-    options.out = options.out.resolve()  # runs start in the project's folder
-    options.out.mkdir(parents=True, exist_ok=True)
-    if any("--fp8-format" in SIDES[name].flags for name in sides):
-        options.flags = f"--moa-align 64 {options.flags}"
-        print("with FP8 among the sides, all have --moa-align 64")
     print(f"{len(sides)} runs of {options.recipe}, {options.steps} steps each: {', '.join(sides)}")
+    found: dict[str, dict[str, Any]] = dict.fromkeys(sides, _UNFINISHED)
     try:
-        found = _trained(options, sides)
-    except ValueError as error:
-        sys.stderr.write(f"refused: {error}\n")
-        return REFUSED
-    rows = judge(found, set(options.sides or ()))
-    text = markdown(rows)
-    print(f"\n{text}")
-    (options.out / "table.md").write_text(text + "\n", encoding="utf-8")
+        _train(options, kept, found)
+    finally:  # Ctrl-C and SIGTERM, too
+        rows = _report(options, found)
+    return int(not passed(rows))
+
+
+def _report(options: argparse.Namespace, found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Prints and writes what the sides came to; returns the rows of the table."""
+    rows = _tabulate(options, found)
+    print(f"\n{markdown(rows)}", flush=True)
     curves = {name: {telemetry.TRAIN_LOSS: each["curve"]} for name, each in found.items()}
     picture = options.out / "curves.png"
     title = f"{options.recipe}: training loss"
@@ -71,7 +79,15 @@ def main(words: list[str] | None = None) -> int:
     line = json.dumps({"recipe": options.recipe, "steps": options.steps, "sides": rows})
     (options.out / "numerics.json").write_text(line + "\n", encoding="utf-8")
     print(line)
-    return int(not passed(rows))
+    return rows
+
+
+def _tabulate(
+    options: argparse.Namespace, found: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    rows = judge(found, set(options.sides or ()))
+    (options.out / "table.md").write_text(markdown(rows) + "\n", encoding="utf-8")
+    return rows
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,43 +118,52 @@ def _sides(asked: list[str] | None, experts: bool) -> list[str]:
     """The sides to run, with those that they are held against.
 
     Raises:
-        ValueError: for a name that is none.
+        ValueError: for a name that is none, or needs what is not there.
     """
     unknown = [name for name in asked or () if name not in SIDES]
     if unknown:
         raise ValueError(f"--sides {unknown[0]}: no such side; choose from {', '.join(SIDES)}")
-    return closed(asked or suited(experts, available()))
+    have = available()
+    for name in asked or ():
+        missing = lacks(name, experts, have)
+        if missing:
+            raise ValueError(f"--sides {name}: needs {', '.join(missing)}")
+    return closed(asked or suited(experts, have))
 
 
 def available() -> frozenset[str]:
-    """Of "cuda" and "engine", what this machine has."""
+    """What sides may need and this machine has."""
     import torch
 
-    from tools.benchmarks.grouped import has_engine
+    from tools.benchmarks import grouped
 
-    have = {"cuda"} if torch.cuda.is_available() else set()
-    return frozenset(have | ({"engine"} if has_engine() else set()))
+    have = {"engine"} if grouped.has_engine() else set()
+    if have and "mxfp8" in grouped.recipes():
+        have.add("mxfp8")
+    if torch.cuda.is_available() and packages.importable("fused_weight_gradient_mlp_cuda"):
+        have.add("apex")
+    return frozenset(have)
 
 
-def _trained(options: argparse.Namespace, sides: list[str]) -> dict[str, dict[str, Any]]:
-    """What every side came to, in their order; says so as they finish."""
-    found: dict[str, dict[str, Any]] = {}
-    kept = {name: _kept(options, name) for name in sides}  # before any is trained: it may refuse
+def _train(
+    options: argparse.Namespace, kept: dict[str, bool], found: dict[str, dict[str, Any]]
+) -> None:
+    """Puts what every side came to into ``found``, and into the table, as they finish."""
     runs.end_with_tool()
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        waiting = {pool.submit(_side, options, name, kept[name]): name for name in sides}
+        waiting = {pool.submit(_side, options, name, kept[name]): name for name in kept}
         try:
             for number, done in enumerate(concurrent.futures.as_completed(waiting), start=1):
                 name, each = waiting[done], done.result()
                 found[name] = each
                 said = each["problem"] or f"loss {each['loss']:.4f}"
                 said = f"kept from before, {said}" if kept[name] else said
-                print(f"[{number}/{len(sides)}] {name}: {said}", flush=True)
+                print(f"[{number}/{len(kept)}] {name}: {said}", flush=True)
+                _tabulate(options, found)
         except BaseException:  # Ctrl-C and SIGTERM, too: no run is left behind
             pool.shutdown(wait=False, cancel_futures=True)
             runs.end_all()
             raise
-    return {name: found[name] for name in sides}
 
 
 def _flags(options: argparse.Namespace, name: str) -> list[str]:
@@ -181,15 +206,17 @@ def judge(found: dict[str, dict[str, Any]], asked: set[str]) -> list[dict[str, A
     """One row per side: its loss, the difference to its reference in units of it, a verdict.
 
     Verdicts: reference, within, chance (outside its bound, but within twice what the twin differs
-    by), outside, failed, refused (failed for a side that was asked for); a side shares the lot of
-    its reference where that has no loss.
+    by and twice the widest bound), outside, unfinished, failed, refused (failed for a side that was
+    asked for); a side shares the lot of its reference where that has no loss.
     """
     rows: list[dict[str, Any]] = []
-    chance = 2.0 * _twins(found)
+    twins = _twins(found)
     for name, each in found.items():
         side, difference = SIDES[name], None
         base = found[side.against]["loss"] if side.against else None
-        if each["loss"] is None:
+        if each["code"] is None:
+            verdict = "unfinished"
+        elif each["loss"] is None:
             refused = each["code"] == REFUSED and name not in asked
             verdict = "refused" if refused else "failed"
         elif side.against is None:
@@ -199,7 +226,8 @@ def judge(found: dict[str, dict[str, Any]], asked: set[str]) -> list[dict[str, A
         else:
             difference = each["loss"] / base - 1.0
             # NaN is outside.
-            verdict = "chance" if abs(difference) <= chance else "outside"
+            chance = abs(difference) <= 2.0 * min(twins, OTHER)
+            verdict = "chance" if chance else "outside"
             verdict = "within" if abs(difference) <= side.bound else verdict
         rows.append(
             {
@@ -226,11 +254,11 @@ def _twins(found: dict[str, dict[str, Any]]) -> float:
 
 
 def passed(rows: list[dict[str, Any]]) -> bool:
-    """No side is outside or has failed, and where sides are compared, one was."""
+    """No side is outside, failed or unfinished, and where sides are compared, one was."""
     verdicts = {row["verdict"] for row in rows}
     compared = any(row["against"] for row in rows)
     wanted = {"within", "chance"} if compared else {"reference"}
-    return not verdicts & {"outside", "failed"} and bool(verdicts & wanted)
+    return not verdicts & {"outside", "failed", "unfinished"} and bool(verdicts & wanted)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -53,6 +53,7 @@ def test_a_stopped_comparison_leaves_no_run(tmp_path: Path) -> None:
     assert process.wait(30) == 143
     time.sleep(2)
     assert not marked_processes(str(out))
+    assert (out / "table.md").read_text().count("unfinished") == 2
 
 
 def test_steps_of_sides_are_timed_in_turn() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moa_megatron import op
 from tools.benchmarks import op as benchmark
-from tools.benchmarks import timing
+from tools.benchmarks import runs, step, timing
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--variants", "bi", "--rows", "64", "--width", "64", "--repeats", "2"]
@@ -101,6 +101,31 @@ def test_a_wrong_result_gives_no_numbers(
     assert "bi fp32 64 x 64: relative RMS error of hidden 1.0e-02, bound 1e-05" in message
 
 
+@pytest.mark.parametrize(("least", "code"), [("0.9", 0), ("0.96", 1)])
+def test_a_missed_target_is_said_and_fails(
+    tool: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    least: str,
+    code: int,
+) -> None:
+    """Throughput, so the inverse of the step times' ratio."""
+
+    def timed(options: Any, side: str, *more: str) -> runs.Run:
+        line = "iteration 3/ 3 | elapsed time per iteration (ms): {}\n"
+        return runs.Run(0, 3 * line.format({"fixed": 95.0, "moa": 100.0}[side]), 1.0)
+
+    monkeypatch.setattr(step, "timed_run", timed)
+    monkeypatch.setattr(step, "start_up", lambda *_: {"megatron": 1.0, "moa_megatron": 1.0})
+    words = ["--step", "--flags=--mock-data", "--pairs", "1", "--at-least", f"moa={least}"]
+    assert tool.main(words) == code
+    *printed, last = capsys.readouterr().out.splitlines()
+    said = f"moa has 0.9500 of fixed's throughput, at least {least} is wanted"
+    assert f"target {'missed' if code else 'met'}: {said}" in printed
+    target = {"at_least": float(least), "reached": pytest.approx(0.95), "met": not code}
+    assert json.loads(last)["targets"] == {"moa": target}
+
+
 def test_help_shows_examples_of_every_mode(
     tool: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +160,8 @@ def test_help_shows_examples_of_every_mode(
             ["--experts", "--fp8", "tensorwise", "--device", "cpu"],
             "--fp8 tensorwise: needs Transformer Engine, on a GPU",
         ),
+        (["--step", "--at-least", "moa"], "--at-least moa: needs a number, as in moa=0.96"),
+        (["--step", "--at-least", "fixed=1"], "--at-least 'fixed' is unknown: choose from moa"),
         (["--op", "--layer"], "--op and --layer: one mode at a time"),
     ],
 )

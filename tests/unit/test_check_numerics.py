@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from moa_megatron import runstate, telemetry
 from tools import check_numerics
-from tools.benchmarks import runs
-from tools.benchmarks.sides import SIDES, closed, suited
+from tools.benchmarks import grouped, runs
+from tools.benchmarks.sides import NEEDS, SIDES, closed, suited
 
 LOG = """\
 [when] iteration        1/       4 | elapsed time per iteration (ms): 900.0 | throughput per GPU \
@@ -43,7 +47,7 @@ def test_every_side_comes_after_what_it_is_held_against() -> None:
     for name, side in SIDES.items():
         assert side.against is None or names.index(side.against) < names.index(name)
         assert (side.bound > 0) == (side.against is not None)
-        assert set(side.needs) <= {"experts", "dense", "engine", "cuda"}
+        assert set(side.needs) <= set(NEEDS)
     assert closed(["fp8-blockwise"]) == ["fp32", "bf16", "fp8-blockwise"]
     assert closed(["moa", "fp32"]) == ["fp32", "moa"]
 
@@ -52,9 +56,28 @@ def test_machine_and_recipe_choose_the_sides() -> None:
     host = suited(True, frozenset())
     assert {"fp32", "bf16", "grouped", "recompute-moe"} <= set(host)
     assert not {"fp8-delayed", "recompute-mlp", "no-fusion", "moa", "fixed"} & set(host)
-    gpu = suited(False, frozenset({"cuda", "engine"}))
-    assert {"fp8-delayed", "recompute-mlp", "no-fusion", "cuda-graphs"} <= set(gpu)
-    assert "grouped" not in gpu
+    gpu = suited(False, frozenset({"engine"}))
+    assert {"fp8-delayed", "recompute-mlp", "cuda-graphs"} <= set(gpu)
+    assert not {"grouped", "no-fusion", "fp8-mxfp8"} & set(gpu)
+    assert {"no-fusion", "fp8-mxfp8"} <= set(suited(False, frozenset({"engine", "apex", "mxfp8"})))
+
+
+@pytest.mark.parametrize(("cuda", "apex"), [(True, True), (True, False), (False, True)])
+def test_a_machine_without_apex_or_mxfp8_says_so(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, apex: bool
+) -> None:
+    def importable(name: str) -> bool:
+        return apex and name == "fused_weight_gradient_mlp_cuda"
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    monkeypatch.setattr("moa_megatron.packages.importable", importable)
+    monkeypatch.setattr(grouped, "has_engine", lambda: False)
+    assert check_numerics.available() == ({"apex"} if cuda and apex else set())
+    monkeypatch.setattr(grouped, "has_engine", lambda: True)
+    monkeypatch.setattr(grouped, "recipes", lambda: ["tensorwise", "mxfp8"])
+    assert check_numerics.available() >= {"engine", "mxfp8"}
+    monkeypatch.setattr(grouped, "recipes", lambda: ["tensorwise", "blockwise"])
+    assert "mxfp8" not in check_numerics.available()
 
 
 @pytest.fixture
@@ -145,17 +168,70 @@ def test_nothing_to_compare_is_no_success(
 def test_what_chance_does_too_is_no_failure(
     trained: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    trained(fp32=4.0, bf16=4.0, twin=3.97, grouped=4.05)
+    trained(fp32=4.0, bf16=4.0, twin=3.97, grouped=4.05, recompute_moe_act=4.05)
     code, rows = check(tmp_path / "one")
     assert code == 0 and rows["grouped"]["verdict"] == "chance"
-    trained(fp32=4.0, bf16=4.0, twin=3.97, grouped=4.07)
+    trained(fp32=4.0, bf16=4.0, twin=3.97, grouped=4.07, recompute_moe_act=4.07)
     assert check(tmp_path / "two")[0] == 1
-    trained(fp32=4.0, bf16=4.0, twin=math.nan, grouped=4.05)
+    trained(fp32=4.0, bf16=4.0, twin=math.nan, grouped=4.05, recompute_moe_act=4.05)
     assert check(tmp_path / "three")[0] == 1
+    # Chance that does much excuses no more than 2 %.
+    trained(fp32=4.0, bf16=4.0, twin=3.93, recompute_moe=4.079)
+    code, rows = check(tmp_path / "four")
+    assert code == 0 and rows["recompute-moe"]["verdict"] == rows["twin"]["verdict"] == "chance"
+    trained(fp32=4.0, bf16=4.0, twin=3.93, recompute_moe=4.081)
+    code, rows = check(tmp_path / "five")
+    assert code == 1 and rows["recompute-moe"]["verdict"] == "outside"
 
 
-def test_fp8_aligns_the_widths_of_all(trained: Callable[..., list[str]], tmp_path: Path) -> None:
+@pytest.fixture
+def handler() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_stopped_check_leaves_what_it_has(
+    trained: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    handler: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     trained()
+    finishes, table = runs.train, tmp_path / "table.md"
+    seen, ended = [], threading.Event()
+
+    def train(recipe: str, folder: Path, words: list[str], *, log: Path) -> runs.Run:
+        if folder.name == "fp32":
+            return finishes(recipe, folder, words, log=log)
+        deadline = time.monotonic() + 20
+        while not table.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        seen.append(table.read_text())
+        os.kill(os.getpid(), signal.SIGTERM)
+        ended.wait()
+        return runs.Run(-9, "")
+
+    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr(runs, "end_all", ended.set)
+    with pytest.raises(SystemExit) as stopped:
+        check(tmp_path, "--sides", "bf16", "twin")
+    assert stopped.value.code == 143
+    rows = json.loads((tmp_path / "numerics.json").read_text())["sides"]
+    assert [row["verdict"] for row in rows] == ["reference", "unfinished", "unfinished"]
+    assert len(seen) == 1 and "| 4.0000 |" in seen[0], "written when the first had finished"
+    printed = capsys.readouterr().out
+    assert "[1/3] fp32: loss 4.0000" in printed and table.read_text() in printed
+    assert not check_numerics.passed([{**rows[1], "verdict": "within"}, rows[2]])
+    os.kill(os.getpid(), signal.SIGTERM)  # `timeout` sends it twice
+
+
+def test_fp8_aligns_the_widths_of_all(
+    trained: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    trained()
+    monkeypatch.setattr(check_numerics, "available", lambda: frozenset({"engine"}))
     check(tmp_path, "--sides", "fp8-blockwise")
     for name in ("fp32", "bf16", "fp8-blockwise"):
         words = json.loads((tmp_path / name / "command.json").read_text())
@@ -187,6 +263,11 @@ def test_finished_runs_are_kept_and_others_refused(
     ("words", "message"),
     [
         (["--sides", "fp7"], "--sides fp7: no such side; choose from fp32, bf16"),
+        (
+            ["--sides", "no-fusion"],
+            "--sides no-fusion: needs Apex's fused_weight_gradient_mlp_cuda",
+        ),
+        (["--sides", "recompute-mlp"], "--sides recompute-mlp: needs a recipe without experts"),
         (["--stepz", "9"], "unrecognized arguments: --stepz 9"),
         (["--steps", "0"], "--steps 0: must be positive"),
         (["--jobs", "0"], "--jobs 0: must be positive"),

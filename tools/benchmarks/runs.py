@@ -101,7 +101,13 @@ def train(recipe: str, folder: Path, words: Sequence[str], *, log: Path | None =
 
 def end_with_tool() -> None:
     """SIGTERM raises SystemExit from now on, so that ``end_all`` can be reached."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+    def stop(*_: object) -> None:
+        # ``timeout`` sends it to the command and to its group: the second would end the clearing up
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 def end_all() -> None:

@@ -14,7 +14,16 @@ _SELECTIVE = (*BF16, "--recompute-granularity", "selective", "--recompute-module
 _UNIFORM = ("--recompute-method", "uniform", "--recompute-num-layers", "1")
 # The same operations again; bfloat16 for float32; eight bits, or sums in another order, after which
 # tokens near a tie choose other experts (tiny-moe, 200 steps: 0.6 %, docs/results).
-_SAME, _FORMAT, _OTHER = 1e-3, 5e-3, 1e-2
+_SAME, _FORMAT, OTHER = 1e-3, 5e-3, 1e-2
+# What a side may need. Without it a run would be refused, or be the same as the one it is held
+# against.
+NEEDS = {
+    "experts": "a recipe with experts",
+    "dense": "a recipe without experts",
+    "engine": "Transformer Engine on a GPU",
+    "apex": "Apex's fused_weight_gradient_mlp_cuda on a GPU",
+    "mxfp8": "a GPU of compute capability 10 or later",
+}
 
 
 @dataclass(frozen=True)
@@ -25,8 +34,7 @@ class Side:
         flags: of the entry point.
         against: the side whose loss it is held against; None: it is there for its speed.
         bound: largest relative difference of the training loss at the end.
-        needs: "experts": recipes with experts only; "dense": without; "engine": Transformer Engine
-            on a GPU; "cuda": a GPU.
+        needs: of ``NEEDS``.
     """
 
     flags: tuple[str, ...]
@@ -35,7 +43,7 @@ class Side:
     needs: tuple[str, ...] = ()
 
 
-def _bf16(*flags: str, needs: tuple[str, ...] = (), bound: float = _OTHER) -> Side:
+def _bf16(*flags: str, needs: tuple[str, ...] = (), bound: float = OTHER) -> Side:
     return Side((*BF16, *flags), "bf16", bound, needs)
 
 
@@ -45,7 +53,7 @@ def _recompute(module: str, *needs: str) -> Side:
 
 def _fp8(recipe: str, form: str, *flags: str, needs: tuple[str, ...] = ()) -> Side:
     words = (*_FP8, recipe, "--fp8-format", form, *flags)
-    return Side(words, "bf16", _OTHER, ("engine", *needs))
+    return Side(words, "bf16", OTHER, ("engine", *needs))
 
 
 SIDES: dict[str, Side] = {
@@ -68,11 +76,12 @@ SIDES: dict[str, Side] = {
     "distributed-optimizer": _bf16(
         *("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
     ),
-    "no-fusion": _bf16("--no-gradient-accumulation-fusion", needs=("cuda",)),
+    "no-fusion": _bf16("--no-gradient-accumulation-fusion", needs=("apex",)),
     "cuda-graphs": _bf16("--cuda-graph-impl", "transformer_engine", needs=("engine", "dense")),
     "fp8-delayed": _fp8("delayed", "hybrid"),
     "fp8-tensorwise": _fp8("tensorwise", "hybrid"),
     "fp8-blockwise": _fp8("blockwise", "e4m3"),
+    "fp8-mxfp8": _fp8("mxfp8", "e4m3", needs=("mxfp8",)),
     "fp8-params": _fp8("tensorwise", "hybrid", "--fp8-param-gather", "--use-distributed-optimizer"),
     # For their speed: the recipe as it is, its baseline, gates of experts.
     "moa": Side(("--moa-mixing", "moa")),
@@ -89,10 +98,15 @@ def suited(experts: bool, available: frozenset[str]) -> list[str]:
 
     Args:
         experts: whether the recipe has any.
-        available: of "engine" and "cuda", what the machine has.
+        available: of ``NEEDS``, what the machine has.
     """
+    return [name for name in SIDES if _compared(name) and not lacks(name, experts, available)]
+
+
+def lacks(name: str, experts: bool, available: frozenset[str]) -> list[str]:
+    """What a side needs and neither recipe nor machine has, in words; arguments of ``suited``."""
     have = available | {"experts" if experts else "dense"}
-    return [name for name, side in SIDES.items() if _compared(name) and have.issuperset(side.needs)]
+    return [NEEDS[need] for need in SIDES[name].needs if need not in have]
 
 
 def _compared(name: str) -> bool:

@@ -174,21 +174,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"in turn, the first is the baseline; of {', '.join(SIDES)}; default: fixed moa",
     )
     parser.add_argument("--flags", default="", help="for every run, such as '--micro-batch-size 8'")
+    parser.add_argument(
+        "--at-least",
+        nargs="+",
+        metavar="SIDE=RATIO",
+        default=[],
+        help="exit code 1 where a side has less of the first one's throughput, as in moa=0.96",
+    )
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Prints the report and returns it.
 
     Raises:
-        ValueError: for a side that is none.
+        ValueError: for a side that is none, or a target of none.
         RunFailed: with the output of a failed run.
     """
     report.known("sides", options.sides, SIDES)
+    wanted = _targets(options)
     runs.end_with_tool()
     result = measure(options)
     print(table(result["sides"]))
     print("start-up, seconds:", json.dumps(result["start_up_s"]))
+    result["targets"] = {}
+    for name, least in wanted.items():
+        reached = 1.0 / result["sides"][name]["ratio"]["median"]
+        met = reached >= least
+        result["targets"][name] = {"at_least": least, "reached": reached, "met": met}
+        said = f"{name} has {reached:.4f} of {options.sides[0]}'s throughput"
+        print(f"target {'met' if met else 'missed'}: {said}, at least {least:g} is wanted")
     return result
+
+
+def _targets(options: argparse.Namespace) -> dict[str, float]:
+    """Throughput over the first side's that is wanted of others."""
+    found = {}
+    for word in options.at_least:
+        name, _, number = word.partition("=")
+        report.known("at-least", [name], options.sides[1:])
+        try:
+            found[name] = float(number)
+        except ValueError:
+            raise ValueError(f"--at-least {word}: needs a number, as in moa=0.96") from None
+    return found
 
 
 def table(sides: dict[str, dict[str, Any]]) -> str:
