@@ -20,7 +20,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import nn
 
 NORM_KEY, DENSE_NAME = "pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"
@@ -131,6 +131,19 @@ def forget_norm_states(chunks: list[nn.Module]) -> list[nn.Module]:
         for module in (module for chunk in chunks for module in chunk.modules()):
             if isinstance(module, LayerNorm | RMSNorm):
                 _forget_state(module)
+    return chunks
+
+
+def recompute_no_empty_mlps(chunks: list[nn.Module]) -> list[nn.Module]:
+    """Takes attention layers of HybridModel, which have no FFN, out of ``--recompute-modules mlp``.
+
+    In FP8 Megatron hands their ``IdentityOp`` to Transformer Engine, which ends in a ValueError
+    about ``padding_mask`` (``megatron.core.transformer.TransformerLayer._forward_mlp``).
+    A hook for ``megatron.training.models.ModelConfig.pre_wrap_hooks``.
+    """
+    for module in (module for chunk in chunks for module in chunk.modules()):
+        if isinstance(module, TransformerLayer) and isinstance(module.mlp, IdentityOp):
+            module.recompute_mlp = False
     return chunks
 
 

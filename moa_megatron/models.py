@@ -33,7 +33,7 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 from moa_megatron import muon
 from moa_megatron.checkpoints import moe_norm_has_dense_name
 from moa_megatron.config import MoAConfig
-from moa_megatron.layers import forget_norm_states
+from moa_megatron.layers import forget_norm_states, recompute_no_empty_mlps
 from moa_megatron.local_specs import local_hybrid_stack_spec
 from moa_megatron.specs import with_moa
 
@@ -124,6 +124,7 @@ def model_config(args: argparse.Namespace, moa: MoAConfig) -> Any:
     if not args.moa_scaled_init:
         for part in (config.transformer, getattr(config, "decoder", config.transformer)):
             part.output_layer_init_method = part.init_method
+    config.pre_wrap_hooks.append(recompute_no_empty_mlps)
     if moa.mixing != "fixed":
         config.pre_wrap_hooks.append(forget_norm_states)
     if muon.splits_fc1(args):

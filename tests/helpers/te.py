@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -70,21 +71,25 @@ def fake_gpu_environment() -> dict[str, str]:
     return {**variables, **more, "CUDA_VISIBLE_DEVICES": "0"}
 
 
-def fake_gpu() -> dict[str, str]:
-    """The same in a test, which it skips where that cannot be had."""
+def needed(variables: Callable[[], dict[str, str]] = environment) -> dict[str, str]:
+    """Those variables in a test, which is skipped where they cannot be had; in CI it fails."""
     try:
-        return fake_gpu_environment()
+        return variables()
     except Missing as missing:
-        pytest.skip(f"Transformer Engine on a CPU needs {missing}")
+        reason = f"Transformer Engine on a CPU needs {missing}"
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)  # CI must not pass because nothing ran
+    pytest.skip(reason)
+
+
+def fake_gpu() -> dict[str, str]:
+    """``fake_gpu_environment`` in a test, as ``needed``."""
+    return needed(fake_gpu_environment)
 
 
 def outcomes(file: str, checks: list[str]) -> dict[str, str]:
-    """``isolated.outcomes`` beside Transformer Engine; skips the test where that is missing."""
-    try:
-        variables = environment()
-    except Missing as missing:
-        pytest.skip(f"Transformer Engine on a CPU needs {missing}")
-    return isolated.outcomes(file, checks, variables=variables)
+    """``isolated.outcomes`` beside Transformer Engine, as ``needed``."""
+    return isolated.outcomes(file, checks, variables=needed())
 
 
 def _cache() -> Path:

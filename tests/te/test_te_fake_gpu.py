@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,6 +169,19 @@ def failures() -> dict[str, str]:
 @pytest.mark.parametrize("name", CHECKS)
 def test_fake_gpu(failures: dict[str, str], name: str) -> None:
     assert not failures[name], failures[name]
+
+
+@pytest.mark.parametrize(
+    ("ci", "ending"), [("true", pytest.fail.Exception), ("", pytest.skip.Exception)]
+)
+def test_only_ci_fails_where_it_cannot_run(
+    ci: str, ending: type[BaseException], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setenv("MOA_TE_OVERLAY", str(tmp_path / "overlay"))
+    for needs in (te.needed, te.fake_gpu, lambda: te.outcomes(__file__, CHECKS)):
+        with pytest.raises(ending, match=r"needs .*overlay, which is not there.*MOA_TE_OVERLAY"):
+            needs()
 
 
 def test_programs_may_be_run_on_it() -> None:
