@@ -137,15 +137,31 @@ def _expert_overlap_problems(args: argparse.Namespace) -> list[str]:
 
 
 def _shared_overlap_problems(args: argparse.Namespace) -> list[str]:
-    """A graph that ends before the experts hands on what upstream names, and that is no gate."""
-    captured = {getattr(module, "name", module) for module in args.cuda_graph_modules or ()}
-    graphed = args.cuda_graph_impl != "none" and "moe_preprocess" in captured
-    if not (args.moe_shared_expert_overlap and graphed):
+    """Where shared experts beside the dispatcher would go wrong, or end in an assertion."""
+    if not args.moe_shared_expert_overlap:
         return []
-    return [
-        "--moe-shared-expert-overlap with --cuda-graph-modules moe_preprocess cannot go with MoA: "
-        "the graph would leave out the gates of shared experts; leave moe_preprocess out"
-    ]
+    flag, found = "--moe-shared-expert-overlap", []
+    chosen = (*(args.cuda_graph_modules or ()), *(args.cuda_graph_scope_deprecated or ()))
+    captured = {getattr(module, "name", module) for module in chosen}
+    # Graphs of Megatron's own take the preprocessing in with the router.
+    names = {"moe_preprocess"} | ({"moe_router"} if args.cuda_graph_impl == "local" else set())
+    if args.cuda_graph_impl != "none" and captured & names:
+        found.append(
+            f"{flag} with --cuda-graph-modules {' '.join(sorted(captured & names))} cannot go with "
+            "MoA: a graph that ends before the experts leaves out the gates of shared experts; "
+            "leave these out"
+        )
+    if args.moe_latent_size:
+        found.append(
+            f"{flag} with --moe-latent-size={args.moe_latent_size}: Megatron has no such path in "
+            "training; leave one of them out"
+        )
+    if args.transformer_impl == "transformer_engine" and not args.moe_grouped_gemm:
+        found.append(
+            f"{flag} with sequential experts on Transformer Engine, whose products share one "
+            "workspace on both streams: add --moe-grouped-gemm"
+        )
+    return found
 
 
 def _fp8_width_problems(args: argparse.Namespace) -> list[str]:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from moa_megatron.config import MoAConfig
+from moa_megatron.op import resolve_backend
 
 Scope = Literal["dense", "layer", "expert"]
 
@@ -64,6 +65,7 @@ class MoAGate(nn.Module):
         super().__init__()
         self.moa, self.scope, self.tp_group = moa, scope, tp_group
         self.sequence_parallel = config.sequence_parallel
+        self.on_two_streams = config.moe_shared_expert_overlap
         expert_parallel = config.expert_model_parallel_size > 1
         self._reduce_over_expert_tp = tp_group.size() > 1 or expert_parallel
         shape = (
@@ -119,8 +121,8 @@ class MoAGate(nn.Module):
             weight = self.weight
             if self._reduce_over_expert_tp:
                 weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
-            return gate_logits(x, weight)
-        logits = gate_logits(x, self.weight)
+            return self._logits(x, weight)
+        logits = self._logits(x, self.weight)
         if routed:
             return logits
         if self.sequence_parallel:
@@ -128,6 +130,23 @@ class MoAGate(nn.Module):
                 logits, tensor_parallel_output_grad=True, group=self.tp_group
             )
         return copy_to_tensor_model_parallel_region(logits, group=self.tp_group)
+
+    def _logits(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``gate_logits``, without Transformer Engine where its products may run beside this one.
+
+        Those of a device share one workspace, whatever their stream (``get_cublas_workspace``).
+        """
+        if not self.on_two_streams:
+            return gate_logits(x, weight)
+        backend = resolve_backend(self.moa.backend, x.device.type, x.dtype)
+        if backend == "triton" and x.dtype == weight.dtype and x.numel():
+            from moa_megatron.kernels import triton_gates
+
+            rows = x.flatten(0, -2)
+            logits = triton_gates.grouped_logits(rows, weight.unsqueeze(0), [len(rows)])
+            return logits.view(*x.shape[:-1], -1)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return x.to(dtype) @ weight.to(dtype).T
 
     def _scalars(self) -> Tensor:
         if self.scope == "layer":

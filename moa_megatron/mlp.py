@@ -141,8 +141,8 @@ class MoASharedExpertMLP(SharedExpertMLP, MoAMLP):
     """Megatron's shared expert around ``MoAMLP``; the method resolution order does the work.
 
     With ``--moe-shared-expert-overlap`` the dispatcher calls upstream's stages in the place of
-    ``forward``. They ask an activation of the user's, which is the mixture here, and gates are read
-    where the input is: in the first stage, on the stream of the others.
+    ``forward``, on a stream of their own. The first also reads the gates here. That of fc1 calls
+    ``activation_func`` where ``use_te_activation_func`` is set, which is the mixture here.
     """
 
     _coefficients: tuple[Tensor, ...] = ()  # in a tuple: they may be a parameter of another module
@@ -172,12 +172,18 @@ class MoASharedExpertMLP(SharedExpertMLP, MoAMLP):
             self.activation_func = self._mix_overlapped
 
     def pre_forward_comm(self, input: Tensor, wait_current_stream: bool = True) -> None:
-        """As upstream, and the coefficients: gathered with the input under sequence parallelism."""
-        super().pre_forward_comm(input, wait_current_stream)
+        """As upstream; and the coefficients of ``input`` [s/p, b, d], or of its tokens [t, d]."""
+        if wait_current_stream:
+            self.wait_current_stream()
         with torch.cuda.stream(self.stream), ranges.GATE:
             self._coefficients = (self.gate_in_use(input),)
+        # Megatron waits for gathered parameters on the stream that reads them first, once: routed
+        # experts read a lent gate on the other one.
+        torch.cuda.current_stream().wait_stream(self.stream)
+        super().pre_forward_comm(input, wait_current_stream)
 
     def _mix_overlapped(self, preact: Tensor) -> Tensor:
+        """Pre-activations [..., P] -> hidden vectors [..., D]."""
         (coefficients,), self._coefficients = self._coefficients, ()
         return self._mix(preact, coefficients)
 

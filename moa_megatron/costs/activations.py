@@ -138,11 +138,16 @@ class Saved:
         return self.norm() + output + kept
 
     def shared(self) -> float:
-        """A shared expert; its input is the norm's output."""
+        """A shared expert; its input is the norm's output.
+
+        Overlapped with the dispatcher, fc1 keeps what sequence parallelism gathers for it.
+        """
         width = self.args.moe_shared_expert_intermediate_size
         if not width or {"moe", "shared_experts"} & self.recomputed:
             return 0.0
-        return self._ffn(self.t, width, self.layout.tp)
+        gathered = self.args.moe_shared_expert_overlap and self.u < self.t
+        kept = self.t * self.e * self.args.hidden_size if gathered else 0.0
+        return kept + self._ffn(self.t, width, self.layout.tp)
 
     def routed(self) -> float:
         """Norm, router, dispatched tokens and the routed experts of this rank."""
