@@ -153,7 +153,9 @@ def problems(args: argparse.Namespace) -> list[str]:
     others += scales.problems(args, saved)
     found = differences(args, saved)
     if not found:
-        moves.prepare(args, saved)
+        if not others:
+            moves.prepare(args, saved)
+            scales.allow_own(args, saved)
         return others
     baseline = moves.saved_moa(saved).mixing == "fixed" and not args.finetune
     start = ", or start a mixture from a baseline's weights with --finetune" if baseline else ""

@@ -13,27 +13,34 @@ ALLOW = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
 def problems(args: argparse.Namespace, saved: Any) -> list[str]:
-    """Allows the history in the run's own folder; a ``--load`` is for its user to trust.
+    """Whether the history may be read, and goes with this run's experts.
 
-    The history of largest values is a Python pickle in ``_extra_state``, and reading a pickle can
-    run code; other recipes keep none (``transformer_engine.pytorch._extra_state``, from 2.17 on).
+    That in the run's own folder may; a ``--load`` is for its user to trust: the history of largest
+    values is a Python pickle in ``_extra_state``, and reading a pickle can run code. Other recipes
+    keep none (``transformer_engine.pytorch._extra_state``, from 2.17 on).
 
     Args:
         saved: the arguments stored in the checkpoint at ``args.load``.
     """
     if args.transformer_impl != "transformer_engine" or not _delayed(saved):
         return []
-    if args.load == args.save and ALLOW not in os.environ:
-        logger.info("%s=1: the run reads its own history of FP8 scales", ALLOW)
-        os.environ[ALLOW] = "1"
     found = [] if not _delayed(args) else _moved(args, saved)
-    if os.environ.get(ALLOW) == "1" or not _asks():
+    trusted = os.environ.get(ALLOW, "1" if args.load == args.save else "0") == "1"
+    if trusted or not _asks():
         return found
     return [
         f"--load {args.load}: --fp8-recipe delayed left its history there as Python pickles, and "
         f"reading one can run code. Where you trust the checkpoint, set {ALLOW}=1",
         *found,
     ]
+
+
+def allow_own(args: argparse.Namespace, saved: Any) -> None:
+    """Lets Transformer Engine read the history in the run's own folder, once nothing is refused."""
+    engine = args.transformer_impl == "transformer_engine"
+    if engine and _delayed(saved) and args.load == args.save and ALLOW not in os.environ:
+        logger.info("%s=1: the run reads its own history of FP8 scales", ALLOW)
+        os.environ[ALLOW] = "1"
 
 
 def _moved(args: argparse.Namespace, saved: Any) -> list[str]:
@@ -44,7 +51,11 @@ def _moved(args: argparse.Namespace, saved: Any) -> list[str]:
     """
     names = ("expert_model_parallel_size", "moe_grouped_gemm")
     pairs = [(name, getattr(saved, name, None), getattr(args, name, None)) for name in names]
-    found = [f"{name}: checkpoint {old}, this run {new}" for name, old, new in pairs if old != new]
+    found = [
+        f"{name}: checkpoint {old}, this run {new}"
+        for name, old, new in pairs
+        if old is not None and old != new
+    ]
     if not found or not args.num_experts or not (pairs[1][1] or pairs[1][2]):
         return []
     return [

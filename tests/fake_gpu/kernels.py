@@ -24,6 +24,8 @@ def install() -> None:
     import transformer_engine.pytorch  # noqa: F401  (loads the extension)
     import transformer_engine_torch as tex
 
+    unknown = KERNELS.keys() - vars(tex).keys()
+    assert not unknown, f"kernels that Transformer Engine does not have: {unknown}"
     replaced = {
         id(function): torch.no_grad()(KERNELS.get(name) or _missing(name))
         for name, function in vars(tex).items()

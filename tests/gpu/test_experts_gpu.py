@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,6 +60,27 @@ def test_equals_sequential_experts(kind: str, scope: str) -> None:
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert_close(name, found[name], value, 1e-2)
+
+
+@pytest.mark.parametrize("scope", ["layer", "expert"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_tokens_at_all(kind: str, scope: str) -> None:
+    """As on a rank none of whose experts is chosen: gradients are zeros, not absent or NaN."""
+    _check_without_tokens(kind, scope)
+
+
+@engine
+@pytest.mark.parametrize("recipe", grouped.recipes())
+def test_fp8_takes_no_tokens_at_all(recipe: str) -> None:
+    _check_without_tokens("engine", "expert", recipe)
+
+
+def _check_without_tokens(kind: str, scope: str, recipe: str | None = None) -> None:
+    shape = dataclasses.replace(SHAPE, rows=0)
+    inputs = grouped.make_inputs(shape, CUDA, [0] * shape.experts)
+    experts = grouped.build(kind, shape, _settings(scope=scope), CUDA, recipe)
+    errors = grouped.check(experts, shape, inputs, recipe)
+    assert errors.keys() == {"output", "x", "probs", "fc1", "fc2", "gate"}
 
 
 @engine

@@ -109,6 +109,7 @@ class Pool:
             # The processes, and the helpers that saving a checkpoint starts.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._root.pid, signal.SIGKILL)
+            self._root.kill()  # which may not have a group yet
             self._root.join()
         self._root, self._connections = None, []
 

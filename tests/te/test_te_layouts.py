@@ -26,6 +26,7 @@ ALL = Layout(tp=2, sp=True, pp=2)
 SHARDED = Layout(pp=2, ep=2, data=2, sharded_optimizer=True)
 DENSE, LAYER = Model(), Model(moe=True, moa=moa(variant="qd"))
 EXPERT = Model(moe=True, moa=moa(gate_scope="expert"))
+MUON = dataclasses.replace(LAYER, optimizer="muon")  # what moe-2b is
 CASES = {
     "hybrid-dense-1": (DENSE, ONE_RANK),
     "hybrid-dense-tp2_sp_pp2": (DENSE, ALL),
@@ -38,6 +39,8 @@ CASES = {
     "hybrid-layer-ep2_etp1": (LAYER, EP2_ETP1),
     "gpt-layer-ep2": (Model(family="gpt", moe=True), EP2),
     "hybrid-expert-ep2_etp1": (EXPERT, EP2_ETP1),
+    "hybrid-layer-muon-ep2": (MUON, EP2),
+    "hybrid-layer-muon-ep2_etp1": (MUON, EP2_ETP1),
     "hybrid-expert-pp2_ep2_sharded": (dataclasses.replace(EXPERT, optimizer="adam"), SHARDED),
 }
 

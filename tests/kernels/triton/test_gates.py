@@ -119,12 +119,20 @@ def test_grouped_experts_take_these_kernels(backend: Any, monkeypatch: pytest.Mo
     from moa_megatron.config import MoAConfig
 
     loads = [4, 0, 3]
-    x, weights, _ = operands(loads, 32, 14)
-    gate = torch.nn.Module()
-    gate.moa, gate.num_experts = MoAConfig(backend=backend), len(loads)  # type: ignore[assignment]
-    for index, vectors in enumerate(weights.detach()):
-        gate.register_parameter(f"weight{index}", torch.nn.Parameter(vectors))
-    gate.groups = SimpleNamespace(expt_tp=None)  # type: ignore[assignment]
+    x, weights, upstream = operands(loads, 32, 14)
+    config: Any = SimpleNamespace(
+        sequence_parallel=False,
+        expert_model_parallel_size=1,
+        tensor_model_parallel_size=1,
+        perform_initialization=True,
+        params_dtype=x.dtype,
+    )
+    groups: Any = SimpleNamespace(expt_tp=SimpleNamespace(size=lambda: 1))
+    moa = MoAConfig(backend=backend)
+    gate = grouped_linear.MoAGroupedGate(config, moa, 32, groups, range(3)).to(DEVICE)
+    for parameter, vectors in zip(gate.parameters(), weights.detach(), strict=True):
+        parameter.data.copy_(vectors)
+    # Megatron's copy needs torch's process groups, its product has ten bits on a GPU (TF32).
     monkeypatch.setattr(grouped_linear, "copy_to_tensor_model_parallel_region", lambda w, group: w)
     monkeypatch.setattr(grouped_linear, "gate_logits", lambda x, weight: x @ weight.T)
     calls = []
@@ -132,7 +140,10 @@ def test_grouped_experts_take_these_kernels(backend: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(
         triton_gates, "grouped_logits", lambda *words: calls.append(1) or kernel(*words)
     )
-    logits = grouped_linear.MoAGroupedGate.forward(gate, x, loads)  # type: ignore[arg-type]
+    logits = gate(x, loads)
     assert len(calls) == (backend == "triton")
-    parts = zip(x.split(loads), weights, strict=True)
-    assert_close("logits", logits, torch.cat([r @ w.T for r, w in parts]), OTHER_ORDER)
+    grad_x, *grads = torch.autograd.grad(logits, (x, *gate.parameters()), upstream)
+    names = ("logits", "gradient of x", "gradient of the gates")
+    values = (logits.detach(), grad_x, torch.stack(grads))
+    for name, *pair in zip(names, values, expected(x, weights, upstream, loads), strict=True):
+        assert_close(name, *pair, OTHER_ORDER)
