@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.fake_gpu import attention, formats, optimisers
+from tests.fake_gpu import attention, formats, optimisers, parts
 
 
 def install() -> None:
@@ -282,4 +282,5 @@ KERNELS: dict[str, Callable[..., Any]] = {
     **attention.KERNELS,
     **formats.KERNELS,
     **optimisers.KERNELS,
+    **parts.KERNELS,
 }

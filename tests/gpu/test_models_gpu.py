@@ -16,9 +16,9 @@ import torch
 
 from moa_megatron.config import MoAConfig
 from tests.helpers import isolated, tiny
+from tests.helpers.families import FAMILIES, model
 from tools.benchmarks import ffn, grouped
 
-FAMILIES = ("gpt", "hybrid", "gpt moe", "hybrid moe")
 CUDA = torch.cuda.is_available()
 MODULES = os.environ.get("MOA_TEST_MODULES", "local")
 MOA = MoAConfig(variant="qd", gate_init_std=0.3)
@@ -37,8 +37,6 @@ Values = dict[str, torch.Tensor]
 def built(family: str, engine: bool, bf16: bool = True, **settings: Any) -> Any:
     """A tiny model, on the GPU where there is one."""
     from megatron.core.transformer.enums import AttnBackend
-
-    from tests.te.test_te_models import model
 
     values = {**SIZES, **(MOE if family.endswith("moe") else {}), **settings}
     values |= {"params_dtype": torch.bfloat16 if bf16 else torch.float32, "bf16": bf16}

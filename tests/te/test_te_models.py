@@ -2,57 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from moa_megatron.config import MoAConfig
-from tests.helpers import isolated, te, tiny
+from tests.helpers import te, tiny
+from tests.helpers.families import BI, FAMILIES, FIXED, model
 
-BI = MoAConfig()
-FIXED = MoAConfig(mixing="fixed")
 NORM = "decoder.layers.mlp.linear_fc1.layer_norm_weight"
 GATE = "decoder.layers.mlp.moa_gate.weight"
-HOST_FOLDER = "MOA_TE_TEST_HOST_CHECKPOINTS"
-
-
-def model(family: str, *, engine: bool, moa: MoAConfig = BI, **settings: Any) -> Any:
-    """A model as the entry point makes it: GPT or Hybrid, dense or MoE, on either modules."""
-    from megatron.core.models.gpt import gpt_layer_specs as gpt
-
-    from moa_megatron.layers import forget_norm_states, recompute_no_empty_mlps
-    from moa_megatron.local_specs import local_hybrid_stack_spec
-    from moa_megatron.models import engine_hybrid_stack_spec
-    from moa_megatron.specs import with_moa
-
-    moe = family.endswith("moe")
-    values = (tiny.moe_config if moe else tiny.config)(**settings)
-    if family.startswith("gpt"):
-        experts = 4 if moe else None
-        if engine:
-            spec = gpt.get_gpt_layer_with_transformer_engine_spec(
-                num_experts=experts, moe_grouped_gemm=settings.get("moe_grouped_gemm", False)
-            )
-        else:
-            spec = gpt.get_gpt_layer_local_spec(num_experts=experts, normalization="RMSNorm")
-        built = tiny.gpt(values, with_moa(spec, moa))
-    else:
-        grouped = settings.get("moe_grouped_gemm", False)
-        spec = (
-            engine_hybrid_stack_spec(SimpleNamespace(moe_grouped_gemm=grouped))  # type: ignore[arg-type]
-            if engine
-            else local_hybrid_stack_spec()
-        )
-        built = tiny.hybrid(values, with_moa(spec, moa), "*E" if moe else "*-")
-    recompute_no_empty_mlps([built])
-    if moa.mixing != "fixed":
-        forget_norm_states([built])
-    return built
 
 
 def check_dense_parameters() -> None:
@@ -132,7 +93,7 @@ def check_grouped_and_sequential_names_agree() -> None:
 def check_no_state_of_norms_is_saved() -> None:
     """Loading stops at a missing entry, and a host has none for its norms."""
     tiny.start()
-    for family in ("gpt", "hybrid", "gpt moe", "hybrid moe"):
+    for family in FAMILIES:
         ours = tiny.saved_states(model(family, engine=True))
         baseline = tiny.saved_states(model(family, engine=True, moa=FIXED))
         assert ours < baseline
@@ -158,88 +119,6 @@ def check_multi_token_prediction() -> None:
     names = tiny.saved_names(tiny.hybrid(tiny.config(mtp_num_layers=1), stack, "*-/*-"))
     for name in ("moa_gate.weight", "linear_fc1.layer_norm_weight"):
         assert any(n.startswith("mtp.") and n.endswith(f"mlp.{name}") for n in names), sorted(names)
-
-
-def _assert_same(new: dict[str, Any], old: dict[str, Any]) -> None:
-    import torch
-
-    assert new.keys() == old.keys()
-    different = [name for name in old if not torch.equal(new[name], old[name].to(new[name].dtype))]
-    assert not different, different
-
-
-def _by_saved_name(built: Any) -> dict[str, Any]:
-    """Parameters by their place in checkpoints: module names differ between norms in and out."""
-    return {
-        name.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_").replace(
-            "input_layernorm.", "self_attention.linear_qkv.layer_norm_"
-        ): value
-        for name, value in tiny.weights(built).items()
-    }
-
-
-def _perturb(built: Any) -> Any:
-    """Other values than initialisation gives, norms included."""
-    import torch
-
-    for parameter in built.parameters():
-        torch.nn.init.normal_(parameter.data)
-    return built
-
-
-def check_checkpoints_move_between_local_and_engine() -> None:
-    tiny.start()
-    for family in ("gpt", "hybrid", "gpt moe", "hybrid moe"):
-        for to_engine in (True, False):
-            with tempfile.TemporaryDirectory() as folder:
-                source = _perturb(model(family, engine=not to_engine))
-                tiny.save(source, Path(folder, "checkpoint"))
-                target = model(family, engine=to_engine)
-                tiny.load(target, Path(folder, "checkpoint"))
-            _assert_same(_by_saved_name(target), _by_saved_name(source))
-
-
-def check_fused_baseline_loads_into_moa() -> None:
-    """All but the gates, whose entries a baseline lacks."""
-    tiny.start()
-    from megatron.core import dist_checkpointing
-
-    baseline, ours = _perturb(model("gpt", engine=True, moa=FIXED)), model("gpt", engine=True)
-    with tempfile.TemporaryDirectory() as folder:
-        tiny.save(baseline, Path(folder, "checkpoint"))
-        wanted = {k: v for k, v in tiny.sharded(ours).items() if "moa_gate" not in k}
-        state = dist_checkpointing.load(wanted, str(Path(folder, "checkpoint")))
-    missing, unexpected = ours.load_state_dict(state, strict=False)
-    assert all(name.endswith("moa_gate.weight") for name in missing) and not unexpected
-    new = {k: v for k, v in _by_saved_name(ours).items() if "moa_gate" not in k}
-    _assert_same(new, _by_saved_name(baseline))
-
-
-def check_checkpoint_of_a_host_loads() -> None:
-    """Written by another process, in host mode, where Transformer Engine cannot be imported."""
-    tiny.start()
-    import torch
-
-    for family in ("gpt", "hybrid", "gpt moe", "hybrid moe"):
-        folder = Path(os.environ[HOST_FOLDER], family.replace(" ", "_"))
-        built = model(family, engine=True)
-        tiny.load(built, folder / "checkpoint")
-        _assert_same(_by_saved_name(built), torch.load(folder / "weights.pt"))
-
-
-def save_on_host() -> None:
-    from moa_megatron import host, patches
-
-    host.install()
-    tiny.start()
-    patches.apply()
-    import torch
-
-    for family in ("gpt", "hybrid", "gpt moe", "hybrid moe"):
-        folder = Path(os.environ[HOST_FOLDER], family.replace(" ", "_"))
-        built = _perturb(model(family, engine=False))
-        tiny.save(built, folder / "checkpoint")
-        torch.save(_by_saved_name(built), folder / "weights.pt")
 
 
 def check_fc1_keeps_the_input_that_gates_keep() -> None:
@@ -288,12 +167,8 @@ CHECKS = [name for name in globals() if name.startswith("check_")]
 
 
 @pytest.fixture(scope="module")
-def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    variables = te.needed()
-    folder = {HOST_FOLDER: str(tmp_path_factory.mktemp("host"))}
-    saved = isolated.outcomes(__file__, ["save_on_host"], variables=folder)
-    assert not saved["save_on_host"], saved["save_on_host"]
-    return isolated.outcomes(__file__, CHECKS, variables={**variables, **folder})
+def failures() -> dict[str, str]:
+    return te.outcomes(__file__, CHECKS)
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -88,6 +88,15 @@ def test_resumes_exactly(tmp_path: Path, request: pytest.FixtureRequest, name: s
         assert len(whole.result()) == STEPS and resumed == whole.result()
 
 
+def test_fp8_parameters_are_cast_in_parts(tmp_path: Path) -> None:
+    """By two ranks, each of which holds half of the optimiser's float32 weights."""
+    words = RESUMED["FP8 parameters"]
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(curve, tmp_path / "one", words)
+        two = pool.submit(curve, tmp_path / "two", words, ranks=2)
+        assert two.result() == pytest.approx(one.result(), rel=1e-3)
+
+
 def test_history_of_others_is_for_their_user_to_trust(tmp_path: Path, delayed: Path) -> None:
     """Delayed scaling keeps pickles; this run's own are read, see ``moa_megatron/scales.py``."""
     words = RESUMED["delayed scaling"]
