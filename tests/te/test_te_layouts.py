@@ -123,11 +123,19 @@ def test_options_change_nothing(local: Bench, engine: Bench, name: str) -> None:
     parity(local, engine, model, layout, grouped=model.moe, **options).check()
 
 
+MTP = dataclasses.replace(LAYER, options=(("mtp_num_layers", 1),))
 OVERLAP = {"overlap_moe_expert_parallel_comm": True}
 OVERLAPPED = {
     "layer": (LAYER, EP2, {}),
     "expert": (EXPERT, EP2, {}),
     "weight gradients apart": (EXPERT, EP2, {"delay_wgrad_compute": True}),
+    "interleaved stages": (LAYER, Layout(pp=2, vpp=2, ep=2, data=2), {}),
+    "recomputation of moe_act": (
+        EXPERT,
+        EP2,
+        {"recompute_granularity": "selective", "recompute_modules": ("layernorm", "moe_act")},
+    ),
+    "multi-token prediction": (MTP, EP2, {}),
 }
 
 
