@@ -140,12 +140,15 @@ def _shared_overlap_problems(args: argparse.Namespace) -> list[str]:
     """Where shared experts beside the dispatcher would go wrong, or end in an assertion."""
     if not args.moe_shared_expert_overlap:
         return []
-    flag, found = "--moe-shared-expert-overlap", []
+    flag, found, graphs = "--moe-shared-expert-overlap", [], args.cuda_graph_impl
+    # Two old switches, which Megatron translates later.
+    graphs = "transformer_engine" if getattr(args, "external_cuda_graph", False) else graphs
+    graphs = "local" if getattr(args, "enable_cuda_graph", False) else graphs
     chosen = (*(args.cuda_graph_modules or ()), *(args.cuda_graph_scope_deprecated or ()))
     captured = {getattr(module, "name", module) for module in chosen}
     # Graphs of Megatron's own take the preprocessing in with the router.
-    names = {"moe_preprocess"} | ({"moe_router"} if args.cuda_graph_impl == "local" else set())
-    if args.cuda_graph_impl != "none" and captured & names:
+    names = {"moe_preprocess"} | ({"moe_router"} if graphs == "local" else set())
+    if graphs != "none" and captured & names:
         found.append(
             f"{flag} with --cuda-graph-modules {' '.join(sorted(captured & names))} cannot go with "
             "MoA: a graph that ends before the experts leaves out the gates of shared experts; "

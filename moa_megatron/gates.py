@@ -145,8 +145,7 @@ class MoAGate(nn.Module):
             rows = x.flatten(0, -2)
             logits = triton_gates.grouped_logits(rows, weight.unsqueeze(0), [len(rows)])
             return logits.view(*x.shape[:-1], -1)
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return x.to(dtype) @ weight.to(dtype).T
+        return gate_logits(x, weight, engine=False)
 
     def _scalars(self) -> Tensor:
         if self.scope == "layer":
@@ -172,12 +171,18 @@ class MoAGate(nn.Module):
         }
 
 
-def gate_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """x U^T in float32 (float64 for float64 input), whatever the parameters' dtype."""
+def gate_logits(x: Tensor, weight: Tensor, engine: bool = True) -> Tensor:
+    """x U^T in float32 (float64 for float64 input), whatever the parameters' dtype.
+
+    Args:
+        engine: by Transformer Engine's product where it is, as Megatron's routers; else by torch's.
+    """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if not x.numel():
         # An expert without tokens: upstream's function fails to shape its logits.
         return (x @ weight.T).to(dtype)
+    if not engine:
+        return x.to(dtype) @ weight.to(dtype).T
     return router_gating_linear(x, weight, None, dtype)
 
 

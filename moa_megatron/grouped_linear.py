@@ -55,6 +55,7 @@ class MoAGroupedGate(nn.Module):
     ) -> None:
         super().__init__()
         self.moa, self.groups, self.num_experts = moa, groups, len(seeds)
+        self.on_two_streams = config.moe_shared_expert_overlap
         for index, seed in enumerate(seeds):
             gate = MoAGate(config, moa, "expert", input_size, groups.expt_tp, seed)
             self.register_parameter(f"weight{index}", gate.weight)
@@ -81,7 +82,8 @@ class MoAGroupedGate(nn.Module):
                 return triton_gates.grouped_logits(x_Td, weights, tokens_per_expert)
         # torch's grouped product would round the logits to bfloat16.
         parts = zip(x_Td.split(list(tokens_per_expert)), weights, strict=True)
-        return torch.cat([gate_logits(x, weight) for x, weight in parts])
+        engine = not self.on_two_streams  # as MoAGate
+        return torch.cat([gate_logits(x, weight, engine) for x, weight in parts])
 
     def sharded_state_dict(
         self,

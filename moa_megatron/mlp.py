@@ -180,7 +180,7 @@ class MoASharedExpertMLP(SharedExpertMLP, MoAMLP):
         # Megatron waits for gathered parameters on the stream that reads them first, once: routed
         # experts read a lent gate on the other one.
         torch.cuda.current_stream().wait_stream(self.stream)
-        super().pre_forward_comm(input, wait_current_stream)
+        super().pre_forward_comm(input, wait_current_stream=False)
 
     def _mix_overlapped(self, preact: Tensor) -> Tensor:
         """Pre-activations [..., P] -> hidden vectors [..., D]."""

@@ -123,10 +123,6 @@ class Saved:
             row = self.e * args.seq_length if not self.modules.flash else 4
             found += self.t * row * heads / tp
             found += 0 if self.modules.flash else self.length * args.seq_length  # the mask
-        if "mlp" in self.recomputed and not self.modules.fused_norm:
-            # HybridModel recomputes the FFN that an attention layer has not; its input is that of
-            # the next norm, which keeps it anyway where it keeps its input.
-            found += self.norm_output() if args.hybrid_layer_pattern is not None else 0
         return found
 
     def dense(self) -> float:
@@ -140,7 +136,8 @@ class Saved:
     def shared(self) -> float:
         """A shared expert; its input is the norm's output.
 
-        Overlapped with the dispatcher, fc1 keeps what sequence parallelism gathers for it.
+        Overlapped with the dispatcher, fc1 keeps what sequence parallelism gathers for it: read in
+        ``SharedExpertMLP.pre_forward_comm``, since the tests of this file have one rank.
         """
         width = self.args.moe_shared_expert_intermediate_size
         if not width or {"moe", "shared_experts"} & self.recomputed:

@@ -80,7 +80,7 @@ def _check_without_tokens(kind: str, scope: str, recipe: str | None = None) -> N
     inputs = grouped.make_inputs(shape, CUDA, [0] * shape.experts)
     experts = grouped.build(kind, shape, _settings(scope=scope), CUDA, recipe)
     errors = grouped.check(experts, shape, inputs, recipe)
-    assert errors.keys() == {"output", "x", "probs", "fc1", "fc2", "gate"}
+    assert not any(errors.values()), errors
 
 
 @engine

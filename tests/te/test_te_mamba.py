@@ -55,13 +55,15 @@ def start() -> None:
 
 def check_every_layer_trains() -> None:
     start()
+    import torch
     from megatron.core.ssm.mamba_layer import MambaLayer
 
     from moa_megatron.mlp import MoAMLP
 
-    moa = MoAConfig(variant="qd", gate_init_std=0.3)
-    for fp8 in ({}, {"fp8": "hybrid", "fp8_recipe": "tensorwise"}):
-        model = built(moa, **fp8)
+    moa, passes = MoAConfig(variant="qd", gate_init_std=0.3), []
+    models = [built(moa), built(moa, fp8="hybrid", fp8_recipe="tensorwise")]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
         layers = model.decoder.layers
         assert [isinstance(layer, MambaLayer) for layer in layers] == [s == "M" for s in PATTERN]
         assert isinstance(layers[2].mlp, MoAMLP)
@@ -70,6 +72,9 @@ def check_every_layer_trains() -> None:
         assert len(gates) == 2, gates
         dead = [name for name, grad in found.items() if grad is None or not grad.any()]
         assert not dead and all(grad.isfinite().all() for grad in found.values()), dead
+        passes.append(torch.cat([grad.flatten() for grad in found.values()]))
+    plain, eight_bits = passes
+    assert 1e-3 < (eight_bits - plain).norm() / plain.norm() < 0.4
 
 
 def check_a_mixture_of_one_function_is_the_baseline() -> None:

@@ -60,6 +60,8 @@ def built(run: Any) -> torch.nn.Module:
     model = config.get_builder_cls()(config).build_model(
         groups, pre_process=True, post_process=True
     )
+    for hook in config.pre_wrap_hooks:
+        (model,) = hook([model])
     return Float16Module(config.transformer, model) if run.args.bf16 else model
 
 

@@ -104,9 +104,12 @@ def check_upstream_flags_that_moa_cannot_honour() -> None:
 
     with refused("--moe-apply-probs-on-input", "leave it out", "--squared-relu", "--quick-geglu"):
         args_of("--moe-apply-probs-on-input", "--squared-relu", "--quick-geglu")
-    overlap = ("--moe-shared-expert-overlap", "--cuda-graph-impl", "local")
-    with refused("--cuda-graph-modules moe_router cannot go with MoA"):
-        args_of(*overlap, "--moa-log-interval", "0", "--cuda-graph-scope", "moe_router")
+    overlap = ("--moe-shared-expert-overlap", "--moa-log-interval", "0", "--cuda-graph-scope")
+    for graphs in (("--cuda-graph-impl", "local"), ("--enable-cuda-graph",)):
+        with refused("--cuda-graph-modules moe_router cannot go with MoA"):
+            args_of(*overlap, "moe_router", *graphs)
+    with refused("--cuda-graph-modules moe_preprocess cannot go with MoA"):
+        args_of(*overlap, "moe_router", "moe_preprocess", "--external-cuda-graph")
     with refused("--decoupled-lr", "AdamW under Muon"):
         args_of("--decoupled-lr", "1e-3")
     with refused("--transformer-impl inference_optimized cannot go with MoA"):

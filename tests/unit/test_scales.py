@@ -71,3 +71,20 @@ def test_history_does_not_move_between_experts() -> None:
     saved = SimpleNamespace(**{**words, "moe_grouped_gemm": False}, expert_model_parallel_size=1)
     sequential["expert_model_parallel_size"] = 2
     assert asked("runs/mine", saved, **sequential) == [], "each expert has its own"
+
+
+def test_nothing_is_allowed_or_converted_beside_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moa_megatron import checkpoints
+
+    words = {"load": "runs/mine", "save": "runs/mine", "transformer_impl": "transformer_engine"}
+    args: Any = SimpleNamespace(**words)
+    others, prepared = ["other data"], []
+    monkeypatch.setattr(checkpoints, "read_args", lambda args: DELAYED)
+    for name in ("differences", "optimizer_problems"):
+        monkeypatch.setattr(checkpoints, name, lambda *_: [])
+    monkeypatch.setattr(checkpoints.identity, "problems", lambda *_: list(others))
+    monkeypatch.setattr(checkpoints.moves, "prepare", lambda *_: prepared.append(True))
+    assert checkpoints.problems(args) == others
+    assert not prepared and scales.ALLOW not in os.environ
+    others.clear()
+    assert checkpoints.problems(args) == [] and prepared and os.environ[scales.ALLOW] == "1"

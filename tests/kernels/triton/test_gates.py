@@ -112,6 +112,30 @@ def test_counts_that_do_not_fit_are_an_error(loads: list[int]) -> None:
         triton_gates.grouped_logits(x, weights, loads)
 
 
+def _config(dtype: torch.dtype, overlap: bool = False) -> Any:
+    return SimpleNamespace(
+        sequence_parallel=False,
+        expert_model_parallel_size=1,
+        tensor_model_parallel_size=1,
+        moe_shared_expert_overlap=overlap,
+        perform_initialization=True,
+        params_dtype=dtype,
+    )
+
+
+def _with_weights(gate: Any, weights: torch.Tensor) -> Any:
+    for parameter, vectors in zip(gate.parameters(), weights.detach(), strict=True):
+        parameter.data.copy_(vectors)
+    return gate
+
+
+def _check(logits: Any, grad_x: Any, grads: list[Any], case: tuple[Any, ...]) -> None:
+    names = ("logits", "gradient of x", "gradient of the gates")
+    values = (logits.detach(), grad_x, torch.stack(grads))
+    for name, *pair in zip(names, values, expected(*case), strict=True):
+        assert_close(name, *pair, OTHER_ORDER)
+
+
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_grouped_experts_take_these_kernels(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The module's own choice: one product for all experts, or, for the reference, one each."""
@@ -120,30 +144,47 @@ def test_grouped_experts_take_these_kernels(backend: Any, monkeypatch: pytest.Mo
 
     loads = [4, 0, 3]
     x, weights, upstream = operands(loads, 32, 14)
-    config: Any = SimpleNamespace(
-        sequence_parallel=False,
-        expert_model_parallel_size=1,
-        tensor_model_parallel_size=1,
-        perform_initialization=True,
-        params_dtype=x.dtype,
-    )
     groups: Any = SimpleNamespace(expt_tp=SimpleNamespace(size=lambda: 1))
-    moa = MoAConfig(backend=backend)
-    gate = grouped_linear.MoAGroupedGate(config, moa, 32, groups, range(3)).to(DEVICE)
-    for parameter, vectors in zip(gate.parameters(), weights.detach(), strict=True):
-        parameter.data.copy_(vectors)
+    config, moa = _config(x.dtype), MoAConfig(backend=backend)
+    gate: Any = grouped_linear.MoAGroupedGate(config, moa, 32, groups, range(3)).to(DEVICE)
     # Megatron's copy needs torch's process groups, its product has ten bits on a GPU (TF32).
     monkeypatch.setattr(grouped_linear, "copy_to_tensor_model_parallel_region", lambda w, group: w)
-    monkeypatch.setattr(grouped_linear, "gate_logits", lambda x, weight: x @ weight.T)
+    monkeypatch.setattr(grouped_linear, "gate_logits", lambda x, weight, _: x @ weight.T)
     calls = []
     kernel = triton_gates.grouped_logits
     monkeypatch.setattr(
         triton_gates, "grouped_logits", lambda *words: calls.append(1) or kernel(*words)
     )
-    logits = gate(x, loads)
+    logits = _with_weights(gate, weights)(x, loads)
     assert len(calls) == (backend == "triton")
     grad_x, *grads = torch.autograd.grad(logits, (x, *gate.parameters()), upstream)
-    names = ("logits", "gradient of x", "gradient of the gates")
-    values = (logits.detach(), grad_x, torch.stack(grads))
-    for name, *pair in zip(names, values, expected(x, weights, upstream, loads), strict=True):
-        assert_close(name, *pair, OTHER_ORDER)
+    _check(logits, grad_x, grads, (x, weights, upstream, loads))
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("scope", ["dense", "expert"])
+def test_gates_on_two_streams_keep_off_the_routers_product(
+    scope: Any, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That one is Transformer Engine's, whose products share one workspace on all streams."""
+    from moa_megatron import gates, grouped_linear
+    from moa_megatron.config import MoAConfig
+
+    def shared(*words: Any) -> Any:
+        raise AssertionError("the product of routers")
+
+    for module in (gates, grouped_linear):
+        monkeypatch.setattr(module, "copy_to_tensor_model_parallel_region", lambda v, group: v)
+    monkeypatch.setattr(gates, "router_gating_linear", shared)
+    loads = [4, 2] if scope == "expert" else [6]
+    x, weights, upstream = operands(loads, 32, 14)
+    words = (_config(x.dtype, overlap=True), MoAConfig(backend=backend))
+    groups: Any = SimpleNamespace(expt_tp=SimpleNamespace(size=lambda: 1))
+    if scope == "expert":
+        gate: Any = grouped_linear.MoAGroupedGate(*words, 32, groups, range(2)).to(DEVICE)
+        logits = _with_weights(gate, weights)(x, loads)
+    else:
+        gate = gates.MoAGate(*words, "dense", 32, groups.expt_tp).to(DEVICE)
+        logits = _with_weights(gate, weights)(x.unflatten(0, (2, 3))).flatten(0, 1)
+    grad_x, *grads = torch.autograd.grad(logits, (x, *gate.parameters()), upstream)
+    _check(logits, grad_x, grads, (x, weights, upstream, loads))
