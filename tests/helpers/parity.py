@@ -51,6 +51,7 @@ class Parity:
 
     errors: dict[str, float] = field(default_factory=dict)
     differing_replicas: list[str] = field(default_factory=list)
+    gate_calls: int = 0
 
     def of_gates(self) -> dict[str, float]:
         """Errors of the gates' own gradients."""
@@ -90,7 +91,7 @@ def compare(actual: Result, expected: Result) -> Parity:
     for kind in ("gradient", "weight"):
         found = relative_errors(getattr(actual, kind + "s"), getattr(expected, kind + "s"))
         errors |= {f"{kind} {key}": error for key, error in found.items()}
-    return Parity(errors, actual.differing_replicas)
+    return Parity(errors, actual.differing_replicas, actual.gate_calls)
 
 
 class Bench:

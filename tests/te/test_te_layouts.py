@@ -117,10 +117,20 @@ OPTIONS: dict[str, tuple[Model, Layout, dict[str, Any]]] = {
 }
 
 
+RECOMPUTES_GATES = {
+    "full recomputation",
+    *(f"recomputation of {module}" for module in ("mlp", "moe", "shared_experts")),
+}
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_change_nothing(local: Bench, engine: Bench, name: str) -> None:
     model, layout, options = OPTIONS[name]
-    parity(local, engine, model, layout, grouped=model.moe, **options).check()
+    found = parity(local, engine, model, layout, grouped=model.moe, **options)
+    found.check()
+    if "recomputation" in name:
+        plain = parity(local, engine, model, layout, grouped=model.moe)
+        assert (found.gate_calls > plain.gate_calls) == (name in RECOMPUTES_GATES)
 
 
 MTP = dataclasses.replace(LAYER, options=(("mtp_num_layers", 1),))
@@ -155,6 +165,12 @@ def test_wrong_reductions_are_seen(
     local: Bench, engine: Bench, model: Model, layout: Layout, mutation: str
 ) -> None:
     found = parity(local, engine, model, layout, grouped=model.moe, mutation=mutation)
+    assert max(found.of_gates().values()) > 1000 * BOUND
+
+
+def test_overlapped_shared_experts_read_their_gates(local: Bench, engine: Bench) -> None:
+    mutation = {"mutation": "shared_stages_without_gate", "moe_shared_expert_overlap": True}
+    found = parity(local, engine, EXPERT, SP, grouped=True, **mutation)  # type: ignore[arg-type]
     assert max(found.of_gates().values()) > 1000 * BOUND
 
 
