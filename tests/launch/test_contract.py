@@ -113,20 +113,21 @@ def test_killed_rank_is_named_and_the_run_goes_on(
     cluster: Cluster, shared: Path, model: tuple[str, ...]
 ) -> None:
     folder = shared / f"killed-{len(model)}"
-    words = [*TWO_RANKS, *steps(40), "--save-interval", "10", "--procs-per-node", "2", *model]
+    words = [*TWO_RANKS, *steps(60), "--save-interval", "20", "--procs-per-node", "2", *model]
     run = submit(cluster, folder, "tiny-moe", *words)
-    run.wait_for(r"successfully saved checkpoint from iteration +10")
-    rank = int(run.status["pid"])
-    other = next(pid for pid in ranks(run) if pid != rank)
+    run.wait_for_step(1)
+    pids = ranks(run)  # takes seconds, in which a run may end: so before the save, not after it
+    (other,) = {*pids} - {int(run.status["pid"])}
+    run.wait_for(r"successfully saved checkpoint from iteration +20")
     os.kill(other, signal.SIGKILL)
     assert run.wait() == ["COMPLETED"]
     first, second = run.attempts
     print(first)
     assert (first["code"], second["code"]) == (1, 0)
-    assert first["failure"]["rank"] == 1 and first["failure"]["step"] >= 10
+    assert first["failure"]["rank"] == 1 and first["failure"]["step"] >= 20
     assert "killed by signal 9" in first["failure"]["error"] and first["failure"]["host"]
     assert re.search(r"first failure: rank 1 on \S+ at step \d+: killed by signal 9", run.log())
-    assert second["from_step"] >= 10 and run.status["step"] == 40
+    assert second["from_step"] >= 20 and run.status["step"] == 60
     assert not run.orphans()
 
 
